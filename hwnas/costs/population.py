@@ -1,0 +1,47 @@
+"""Additive costs of whole populations: arrays, and no Python loop over architectures."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from hwnas.spaces.base import Architecture, Ints, SearchSpace
+from quant.errors import InvalidInput
+
+
+def genes_of(architectures: Sequence[Architecture]) -> Ints:
+    """The genes of n architectures as an array (n, genes)."""
+    return np.array([architecture.genes for architecture in architectures], np.int64)
+
+
+def op_indices(space: SearchSpace, genes: Ints) -> Ints:
+    """The op of each architecture at each position, (n, positions); -1 stands for a skip.
+
+    `genes` is (n, genes). Raises InvalidInput where a row is not canonical.
+    """
+    result = np.empty((len(genes), len(space.positions)), np.int64)
+    state = np.zeros(len(genes), np.int64)
+    start = 0
+    for column, (position, level) in enumerate(
+        zip(space.positions, space.lattice.levels, strict=True)
+    ):
+        stop = start + len(position.genes)
+        edge = level.lookup[state, genes[:, start:stop] @ level.strides]
+        if (bad := np.flatnonzero(edge < 0)).size:
+            raise InvalidInput(
+                f"The genes {genes[bad[0]].tolist()} are not a canonical architecture of "
+                f"{space.name}."
+            )
+        result[:, column] = level.op[edge]
+        state = level.target[edge]
+        start = stop
+    return result
+
+
+def totals(
+    space: SearchSpace, per_op: npt.NDArray[np.float64], genes: Ints
+) -> npt.NDArray[np.float64]:
+    """The sum of an additive cost over each architecture's ops, (n,)."""
+    padded = np.append(per_op, 0.0)
+    result: npt.NDArray[np.float64] = padded[op_indices(space, genes)].sum(axis=1)
+    return result

@@ -1,0 +1,1 @@
+"""ONNX files and the certificates that go with them."""

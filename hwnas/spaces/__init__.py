@@ -1,0 +1,1 @@
+"""Genes, blocks, and the spaces that come with hwnas."""

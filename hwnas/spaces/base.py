@@ -1,0 +1,331 @@
+"""Genes, architectures and search spaces.
+
+A space is a chain of positions. At position p, in an incoming state, each legal combination of the
+position's genes is a `Step`: an op (or a skip) and the outgoing state. Combinations that make no
+difference are one step, with the smallest gene values, so that equal networks are equal
+architectures: `SearchSpace.count` is the number of distinct op chains.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from latency_tables.ops import OpSpec, Tensor
+from quant.errors import InvalidInput
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Gene:
+    """One decision: its name, such as `block3.precision`, and what it can be."""
+
+    name: str
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One canonical choice for every gene of a space."""
+
+    genes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class State:
+    """What a position finds: the tensor handed on so far.
+
+    `skipped` names what could have stood, as (kind of block, output width), where positions were
+    skipped since the last block. A block that could just as well stand there is not legal here:
+    that network already exists, with the skip later.
+    """
+
+    tensor: Tensor
+    skipped: frozenset[tuple[str, int]] = frozenset()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one combination of genes builds: an op (None for a skip) and the state after it.
+
+    `group` names the set of shared weights that the op uses; combinations that differ only in what
+    can be sliced or in precision share one.
+    """
+
+    op: OpSpec | None
+    state: State
+    group: str = ""
+
+
+Build = Callable[[State, Mapping[str, Any]], Choice | None]
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the chain.
+
+    `options` maps a gene's name to its values, most telling gene first; an option with one value
+    makes no gene. `build` gives the choice for a state and one value of each option, or None where
+    that is not legal.
+    """
+
+    name: str
+    options: Mapping[str, Sequence[Any]]
+    build: Build
+
+    @cached_property
+    def genes(self) -> tuple[Gene, ...]:
+        """The genes of this position."""
+        return tuple(
+            Gene(f"{self.name}.{name}", tuple(map(str, values)))
+            for name, values in self.options.items()
+            if len(values) > 1
+        )
+
+    def steps(self, state: State) -> list["Step"]:
+        """The distinct choices from a state, each with its smallest gene values."""
+        found: dict[tuple[str | None, State], Step] = {}
+        sizes = [len(values) for values in self.options.values()]
+        for indices in itertools.product(*map(range, sizes)):
+            picked = zip(self.options.items(), indices, strict=True)
+            choice = self.build(state, {name: values[i] for (name, values), i in picked})
+            if choice is not None:
+                genes = tuple(i for i, size in zip(indices, sizes, strict=True) if size > 1)
+                identity = (choice.op.key if choice.op else None, choice.state)
+                found.setdefault(identity, Step(genes, choice.op, choice.state, choice.group))
+        return list(found.values())
+
+
+@dataclass(frozen=True)
+class Step:
+    """A legal, canonical choice at a position from one state."""
+
+    genes: tuple[int, ...]
+    op: OpSpec | None
+    state: State
+    group: str
+
+
+@dataclass(frozen=True)
+class PlacedOp:
+    """An op of an architecture, with where its shared weights are kept."""
+
+    position: str
+    group: str
+    op: OpSpec
+
+
+@dataclass(frozen=True)
+class Level:
+    """Everything that can happen at one position, as arrays over its edges (state, step).
+
+    `lookup[state, flat gene index]` is the edge, or -1 where the combination is not legal and
+    canonical there; `op[edge]` is the index in `Lattice.ops`, or -1 for a skip.
+    """
+
+    states: tuple[State, ...]
+    steps: tuple[Step, ...]
+    source: Ints
+    target: Ints
+    op: Ints
+    lookup: Ints
+    strides: Ints
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """A space unrolled: every reachable state and edge of every position, and the distinct ops."""
+
+    levels: tuple[Level, ...]
+    ops: tuple[OpSpec, ...]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """A named chain of positions that starts at the network's input.
+
+    >>> from hwnas.spaces.mobile import mobile_tiny
+    >>> space = mobile_tiny(classes=10)
+    >>> arch = space.architecture([0] * len(space.genes))
+    >>> len(space.lower(arch)) == len(space.positions)
+    True
+    """
+
+    name: str
+    input: Tensor
+    positions: tuple[Position, ...]
+    classes: int = field(default=0)
+
+    @cached_property
+    def genes(self) -> tuple[Gene, ...]:
+        """All genes, position by position."""
+        return tuple(gene for position in self.positions for gene in position.genes)
+
+    @cached_property
+    def lattice(self) -> Lattice:
+        """The space unrolled; built once."""
+        ops: dict[str, int] = {}
+        unique: list[OpSpec] = []
+        levels = []
+        states: tuple[State, ...] = (State(self.input),)
+        for position in self.positions:
+            following: dict[State, int] = {}
+            steps, source, target, indices = [], [], [], []
+            sizes = [len(gene.choices) for gene in position.genes]
+            strides = np.cumprod([1, *sizes[::-1]], dtype=np.int64)[:-1][::-1]
+            lookup = np.full((len(states), int(np.prod(sizes, dtype=np.int64))), -1, np.int64)
+            for number, state in enumerate(states):
+                for step in position.steps(state):
+                    lookup[number, int(np.dot(step.genes, strides))] = len(steps)
+                    steps.append(step)
+                    source.append(number)
+                    target.append(following.setdefault(step.state, len(following)))
+                    if step.op is None:
+                        indices.append(-1)
+                    else:
+                        if step.op.key not in ops:
+                            ops[step.op.key] = len(unique)
+                            unique.append(step.op)
+                        indices.append(ops[step.op.key])
+            arrays = [np.array(item, np.int64) for item in (source, target, indices)]
+            levels.append(Level(states, tuple(steps), *arrays, lookup, strides))
+            states = tuple(following)
+        return Lattice(tuple(levels), tuple(unique))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of every op, gene and weight group: equal only for equal spaces."""
+        text = [self.name, *(f"{gene.name}:{gene.choices}" for gene in self.genes)]
+        text += [op.key for op in self.lattice.ops]
+        text += [f"{s.group}{s.genes}" for level in self.lattice.levels for s in level.steps]
+        return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
+
+    @cached_property
+    def count(self) -> int:
+        """How many architectures there are."""
+        ways = [1] * len(self.lattice.levels[-1].steps)
+        for level, before in zip(
+            reversed(self.lattice.levels), [*reversed(self.lattice.levels[:-1]), None], strict=True
+        ):
+            per_state = [0] * len(level.states)
+            for edge, source in enumerate(level.source):
+                per_state[source] += ways[edge]
+            if before is None:
+                return per_state[0]
+            ways = [per_state[target] for target in before.target]
+        raise AssertionError("a space has at least one position")
+
+    def edges(self, architecture: Architecture) -> list[int]:
+        """The edge taken at each level; raises InvalidInput unless the architecture is canonical."""
+        if len(architecture.genes) != len(self.genes):
+            raise InvalidInput(
+                f"The architecture has {len(architecture.genes)} genes; {self.name} has "
+                f"{len(self.genes)}.",
+                accepted="an architecture of this space",
+            )
+        path, state = [], 0
+        for level, part in zip(self.lattice.levels, self._parts(architecture.genes), strict=True):
+            sizes = level.lookup.shape[1]
+            flat = int(np.dot(part, level.strides))
+            edge = int(level.lookup[state, flat]) if 0 <= flat < sizes else -1
+            if edge < 0 or level.steps[edge].genes != part:
+                raise InvalidInput(
+                    f"The genes {architecture.genes} are not a canonical architecture of "
+                    f"{self.name}.",
+                    accepted="what SearchSpace.architecture returns",
+                )
+            path.append(edge)
+            state = int(level.target[edge])
+        return path
+
+    def architecture(self, genes: Sequence[int]) -> Architecture:
+        """The canonical architecture nearest to any gene values.
+
+        Position by position, the legal step that agrees with the most telling genes; what has no
+        effect becomes 0. Canonical genes are returned as they are.
+        """
+        result: list[int] = []
+        state = 0
+        for level, part in zip(self.lattice.levels, self._parts(tuple(genes)), strict=True):
+            edge = int(level.lookup[state, int(np.dot(part, level.strides))])
+            if edge < 0:
+                legal = np.flatnonzero(level.source == state)
+                edge = int(min(legal, key=lambda e: _disagreement(level.steps[e].genes, part)))
+            result.extend(level.steps[edge].genes)
+            state = int(level.target[edge])
+        return Architecture(tuple(result))
+
+    def from_edges(self, edges: Sequence[int]) -> Architecture:
+        """The architecture that takes the given edge at each level."""
+        levels = self.lattice.levels
+        return Architecture(
+            tuple(g for level, e in zip(levels, edges, strict=True) for g in level.steps[e].genes)
+        )
+
+    def walk(self, architecture: Architecture) -> list[PlacedOp]:
+        """The ops of an architecture in order, skips left out."""
+        placed = []
+        for position, level, edge in zip(
+            self.positions, self.lattice.levels, self.edges(architecture), strict=True
+        ):
+            step = level.steps[edge]
+            if step.op is not None:
+                placed.append(PlacedOp(position.name, step.group, step.op))
+        return placed
+
+    def lower(self, architecture: Architecture) -> tuple[OpSpec, ...]:
+        """The op chain of an architecture."""
+        return tuple(placed.op for placed in self.walk(architecture))
+
+    def describe(self, architecture: Architecture) -> dict[str, str]:
+        """Gene names with the chosen values, for people and for JSON."""
+        return {
+            gene.name: gene.choices[value]
+            for gene, value in zip(self.genes, architecture.genes, strict=True)
+        }
+
+    def parse(self, description: Mapping[str, str]) -> Architecture:
+        """The architecture that `describe` told; raises InvalidInput where it does not fit."""
+        values = []
+        for gene in self.genes:
+            value = description.get(gene.name)
+            if value not in gene.choices:
+                raise InvalidInput(
+                    f"{gene.name} is {value!r}.", accepted=", ".join(gene.choices)
+                )
+            values.append(gene.choices.index(value))
+        architecture = Architecture(tuple(values))
+        self.edges(architecture)
+        return architecture
+
+    def enumerate(self) -> Iterator[Architecture]:
+        """Every architecture, in order; for spaces small enough to list."""
+        levels = self.lattice.levels
+
+        def extend(depth: int, state: int, genes: tuple[int, ...]) -> Iterator[Architecture]:
+            if depth == len(levels):
+                yield Architecture(genes)
+                return
+            level = levels[depth]
+            for edge in np.flatnonzero(level.source == state):
+                step = level.steps[edge]
+                yield from extend(depth + 1, int(level.target[edge]), genes + step.genes)
+
+        return extend(0, 0, ())
+
+    def _parts(self, genes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        start = 0
+        for position in self.positions:
+            stop = start + len(position.genes)
+            yield tuple(genes[start:stop])
+            start = stop
+
+
+def _disagreement(mine: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[bool, ...]:
+    return tuple(a != b for a, b in zip(mine, wanted, strict=True))

@@ -1,0 +1,133 @@
+"""The `mobile` space: inverted residuals, with blocks, widths and precisions chosen together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hwnas.spaces.base import Build, Choice, Position, SearchSpace, State
+from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
+from latency_tables.ops import Tensor
+from quant.precision import Precision
+
+SKIP = "skip"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Blocks of one output width; the first has the stride. `squeeze` as in inverted_residual."""
+
+    blocks: int
+    stride: int
+    widths: tuple[int, ...]
+    squeeze: int = 0
+    activation: str = "relu"
+
+
+def mobile(
+    name: str,
+    stages: Sequence[Stage],
+    *,
+    classes: int,
+    size: int,
+    image_channels: int = 3,
+    stem_channels: int = 16,
+    stem_stride: int = 2,
+    head_channels: int = 128,
+    kernels: Sequence[int] = (3, 5, 7),
+    expansions: Sequence[int] = (3, 6),
+    precisions: Sequence[str] = ("fp32", "w8a8"),
+    stem_precisions: Sequence[str] = ("fp32",),
+    head_precisions: Sequence[str] | None = None,
+    skip: bool = True,
+) -> SearchSpace:
+    """A chain stem, blocks stage by stage, head, for `size` x `size` images.
+
+    Each block chooses its kernel and expansion, or a skip where the stage's widths and the stride
+    allow it, and its precision; the first block of a stage chooses the stage's width. The head
+    chooses its precision.
+    """
+    kinds = [(kernel, expansion) for kernel in kernels for expansion in expansions]
+    blocks = {f"k{kernel}e{expansion}": (kernel, expansion) for kernel, expansion in kinds}
+    positions = [_stem(stem_channels, stem_stride, stem_precisions)]
+    number = 0
+    for stage in stages:
+        for index in range(stage.blocks):
+            first = index == 0
+            options: dict[str, Sequence[Any]] = {
+                "block": [*blocks, *([SKIP] if skip and (stage.stride == 1 or not first) else [])],
+                "precision": list(precisions),
+            }
+            if first:
+                options["width"] = list(stage.widths)
+            positions.append(
+                Position(f"block{number}", options, _block(stage, stage.stride if first else 1, blocks))
+            )
+            number += 1
+    positions.append(_head(head_channels, classes, head_precisions or precisions))
+    return SearchSpace(name, Tensor(image_channels, size, size), tuple(positions), classes)
+
+
+def mobile_tiny(
+    *, classes: int, image_channels: int = 1, size: int = 32
+) -> SearchSpace:
+    """The preset for small images: six blocks, 16 to 96 channels."""
+    return mobile(
+        "mobile-tiny",
+        (Stage(2, 1, (16, 24)), Stage(2, 2, (32, 48)), Stage(2, 2, (64, 96))),
+        classes=classes,
+        size=size,
+        image_channels=image_channels,
+    )
+
+
+def _stem(channels: int, stride: int, precisions: Sequence[str]) -> Position:
+    def build(state: State, values: Mapping[str, Any]) -> Choice:
+        op = conv_norm_activation(
+            state.tensor,
+            channels,
+            kernel=3,
+            stride=stride,
+            precision=Precision(values["precision"]),
+        )
+        return Choice(op, State(op.output))
+
+    return Position("stem", {"precision": list(precisions)}, build)
+
+
+def _block(stage: Stage, stride: int, blocks: Mapping[str, tuple[int, int]]) -> Build:
+    kind = f"{stage.activation} squeeze {stage.squeeze}"
+
+    def build(state: State, values: Mapping[str, Any]) -> Choice | None:
+        tensor = state.tensor
+        if values["block"] == SKIP:
+            if stride > 1 or tensor.channels not in stage.widths:
+                return None
+            here = stage.widths if "width" in values else (tensor.channels,)
+            movable = {(k, width) for k, width in state.skipped if width in stage.widths}
+            return Choice(None, State(tensor, frozenset(movable | {(kind, w) for w in here})))
+        channels = values.get("width", tensor.channels)
+        if stride == 1 and (kind, channels) in state.skipped:
+            return None
+        kernel, expansion = blocks[values["block"]]
+        op = inverted_residual(
+            tensor,
+            channels,
+            kernel=kernel,
+            expansion=expansion,
+            stride=stride,
+            precision=Precision(values["precision"]),
+            activation=stage.activation,
+            squeeze=stage.squeeze,
+        )
+        return Choice(op, State(op.output), values["block"])
+
+    return build
+
+
+def _head(channels: int, classes: int, precisions: Sequence[str]) -> Position:
+    def build(state: State, values: Mapping[str, Any]) -> Choice:
+        precision = Precision(values["precision"])
+        op = classifier(state.tensor, channels, classes, precision=precision)
+        return Choice(op, State(op.output))
+
+    return Position("head", {"precision": list(precisions)}, build)

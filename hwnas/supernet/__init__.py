@@ -1,0 +1,1 @@
+"""Shared weights for a whole space, in PyTorch."""

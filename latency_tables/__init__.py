@@ -1,0 +1,11 @@
+"""What a table row measures, how rows are stored, and what they predict."""
+
+try:
+    from quant.siblings import refuse_strangers
+except ImportError as error:
+    raise ImportError(
+        "hwnas needs its own package 'quant', but another one shadows it "
+        f"({error}); install hwnas in a virtual environment of its own."
+    ) from error
+
+refuse_strangers(__file__)

@@ -1,0 +1,148 @@
+"""What rows predict for a whole network: one additive cost, then a calibration and a bound.
+
+An op's cost is its row, scaled by its precision's factor, plus a constant per op. A network's
+prediction is the sum of its ops' costs plus an offset. Alone in its own graph an op pays for the
+call and for layout changes that it does not pay inside a network, and not equally in every
+precision: that is what the factors and constants, fitted on whole networks, take back.
+
+Prediction and bound are strictly increasing functions of the one additive cost, so a latency limit
+is a budget on that cost, and dynamic programming over it is exact.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy import optimize, stats
+
+COVERAGE = 0.99
+"""The coverage that the upper bound aims at; it takes at least 99 networks to state it."""
+
+FLOOR_US = 0.01
+"""The least cost of an op: every op takes some time, so adding one always costs."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How the model did on networks that neither fitted nor bounded it; errors are fractions."""
+
+    networks: int
+    mean_error: float
+    worst_error: float
+    within_5: float
+    within_10: float
+    tau: float
+    spearman: float
+    coverage: float
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """The calibration of a table on the networks of one space.
+
+    `upper_ratio` times the prediction bounds the measured latency with probability `coverage`
+    (split conformal prediction: Vovk et al. 2005; Lei et al. 2018, section 2.2) for a network drawn
+    like the calibration networks.
+    """
+
+    scales: dict[str, float]
+    per_op_us: float
+    offset_us: float
+    upper_ratio: float
+    coverage: float
+    quality: Quality
+
+    def op_cost_us(self, precision: str, row_us: float) -> float:
+        """An op's additive cost, from its row."""
+        return max(FLOOR_US, self.scales[precision] * row_us + self.per_op_us)
+
+    def predict_ms(self, additive_us: float) -> float:
+        """The predicted latency of a network from the sum of its ops' costs."""
+        return (self.offset_us + additive_us) / 1000
+
+    def upper_ms(self, additive_us: float) -> float:
+        """The upper bound of the same network."""
+        return self.upper_ratio * self.predict_ms(additive_us)
+
+    def budget_us(self, limit_ms: float) -> float:
+        """The largest additive cost whose upper bound is at most `limit_ms`."""
+        budget = limit_ms * 1000 / self.upper_ratio - self.offset_us
+        while self.upper_ms(budget) > limit_ms:  # undo the last digit of rounding
+            budget = math.nextafter(budget, -math.inf)
+        return budget
+
+    def to_dict(self) -> dict[str, Any]:
+        """The model as plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "LatencyModel":
+        """The model that `to_dict` wrote."""
+        return cls(**{**data, "quality": Quality(**data["quality"])})
+
+
+@dataclass(frozen=True)
+class MeasuredNetwork:
+    """A network that was run whole: its ops as (precision, row in us), and its latency."""
+
+    rows: tuple[tuple[str, float], ...]
+    latency_us: float
+
+
+def calibrate(
+    fit: Sequence[MeasuredNetwork],
+    bound: Sequence[MeasuredNetwork],
+    test: Sequence[MeasuredNetwork],
+) -> LatencyModel:
+    """Fit the factors on `fit`, set the bound on `bound`, and state the quality on `test`.
+
+    The three must be disjoint random networks of one space. The fit minimises squared relative
+    errors, with factors in [0.2, 2], the constant per op in [-20, 20] us, the offset in [0, 20] us.
+    """
+    precisions = sorted({p for network in (*fit, *bound, *test) for p, _ in network.rows})
+    features = np.array([_features(network, precisions) for network in fit])
+    measured = np.array([network.latency_us for network in fit])
+    low = [0.2] * len(precisions) + [-20.0, 0.0]
+    high = [2.0] * len(precisions) + [20.0, 20.0]
+    solution = optimize.lsq_linear(
+        features / measured[:, None], np.ones(len(measured)), bounds=(low, high)
+    ).x
+    plain = LatencyModel(
+        scales=dict(zip(precisions, map(float, solution), strict=False)),
+        per_op_us=float(solution[-2]),
+        offset_us=float(solution[-1]),
+        upper_ratio=1.0,
+        coverage=0.0,
+        quality=Quality(0, 0, 0, 0, 0, 0, 0, 0),
+    )
+    ratios = np.sort([network.latency_us / _predict_us(plain, network) for network in bound])
+    rank = min(len(ratios), math.ceil(COVERAGE * (len(ratios) + 1)))
+    upper_ratio = float(ratios[rank - 1])
+    coverage = min(COVERAGE, rank / (len(ratios) + 1))
+    predicted = np.array([_predict_us(plain, network) for network in test])
+    true = np.array([network.latency_us for network in test])
+    errors = np.abs(predicted / true - 1)
+    quality = Quality(
+        networks=len(test),
+        mean_error=float(errors.mean()),
+        worst_error=float(errors.max()),
+        within_5=float((errors <= 0.05).mean()),
+        within_10=float((errors <= 0.10).mean()),
+        tau=float(stats.kendalltau(predicted, true).statistic),
+        spearman=float(stats.spearmanr(predicted, true).statistic),
+        coverage=float((true <= upper_ratio * predicted).mean()),
+    )
+    return LatencyModel(
+        plain.scales, plain.per_op_us, plain.offset_us, upper_ratio, coverage, quality
+    )
+
+
+def _features(network: MeasuredNetwork, precisions: list[str]) -> list[float]:
+    sums = [sum(us for p, us in network.rows if p == precision) for precision in precisions]
+    return [*sums, float(len(network.rows)), 1.0]
+
+
+def _predict_us(model: LatencyModel, network: MeasuredNetwork) -> float:
+    return model.offset_us + sum(model.op_cost_us(p, us) for p, us in network.rows)

@@ -1,0 +1,444 @@
+"""What one table row measures: layers, ops, and everything that is counted from them.
+
+An `OpSpec` is the one definition of an op. Its shapes, its quantisers, its MACs, its table key, its
+ONNX graph (`profilers.graphs`), its stand-alone PyTorch module (`profilers.modules`) and its
+shared-weight forward (`hwnas.supernet`) are all read from it.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from quant.precision import Format, Precision
+
+RANGES = {"relu": (0, None), "relu6": (0, 6), "sigmoid": (0, 1), "hard_sigmoid": (0, 1)}
+"""Activations whose output cannot be negative, with the ends of their range."""
+
+ACTIVATIONS = (*RANGES, "hard_swish")
+FUSED_ACTIVATIONS = ("relu",)
+"""Activations that a quantiser swallows: the value before them needs no quantiser of its own."""
+
+NORM_EPSILON = 1e-5
+"""The epsilon of every batch norm, in training and in the folded graph alike."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One image's tensor between layers: channels x height x width, and its format."""
+
+    channels: int
+    height: int
+    width: int
+    format: Format = Format()
+
+    @property
+    def elements(self) -> int:
+        """Values in the tensor, for one image."""
+        return self.channels * self.height * self.width
+
+    @property
+    def size_bytes(self) -> float:
+        """Bytes of the tensor, for one image."""
+        return self.elements * self.format.bits / 8
+
+    def __str__(self) -> str:
+        return f"{self.format}:{self.channels}x{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A primitive of an op.
+
+    `inputs` are value indices: the op's inputs come first, then the outputs of its layers in order.
+    `role` names the layer inside its block (expand, depthwise, ...): shared weights are stored
+    under it; it is not part of the table key.
+
+    | kind | uses |
+    |---|---|
+    | conv | channels, kernel, stride, groups, norm (batch norm, else a bias) |
+    | linear | channels; the input is flattened |
+    | activation | function, one of `ACTIVATIONS` |
+    | pool | the global average, to 1 x 1 |
+    | add, mul | two inputs; mul broadcasts a 1 x 1 gate |
+    """
+
+    kind: str
+    inputs: tuple[int, ...]
+    role: str = ""
+    channels: int = 0
+    kernel: int = 1
+    stride: int = 1
+    groups: int = 1
+    norm: bool = False
+    function: str = ""
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the layer holds a weight."""
+        return self.kind in ("conv", "linear")
+
+    def weight_shape(self, channels_in: int) -> tuple[int, ...]:
+        """Shape of the weight: (out, in / groups, kernel, kernel), or (out, in) for linear."""
+        if self.kind == "linear":
+            return (self.channels, channels_in)
+        return (self.channels, channels_in // self.groups, self.kernel, self.kernel)
+
+    def __str__(self) -> str:
+        inputs = ",".join(map(str, self.inputs))
+        match self.kind:
+            case "conv":
+                shape = f" c{self.channels} k{self.kernel} s{self.stride} g{self.groups}"
+                return f"conv({inputs}){shape}{' n' if self.norm else ''}"
+            case "linear":
+                return f"linear({inputs}) c{self.channels}"
+            case "activation":
+                return f"{self.function}({inputs})"
+            case _:
+                return f"{self.kind}({inputs})"
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """Where an op turns a float value into codes: how many bits, and whether codes have a sign."""
+
+    bits: int
+    signed: bool
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """An op: a small DAG of layers in topological order, at one precision.
+
+    The last layer is the output. `logits` marks the end of a network, whose output stays float.
+
+    >>> stem = OpSpec((Tensor(3, 32, 32),),
+    ...               (Layer("conv", (0,), "conv", 16, kernel=3, stride=2, norm=True),
+    ...                Layer("activation", (1,), function="relu")), Precision("fp32"))
+    >>> stem.key
+    'fp32 [fp32:3x32x32] conv(0) c16 k3 s2 g1 n; relu(1)'
+    >>> str(stem.output), stem.macs, stem.parameters
+    ('fp32+:16x16x16', 110592, 464)
+
+    Raises ValueError where an input is not defined before its layer, or a shape does not fit.
+    """
+
+    inputs: tuple[Tensor, ...]
+    layers: tuple[Layer, ...]
+    precision: Precision
+    logits: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.inputs or not self.layers:
+            raise ValueError("an op needs at least one input and one layer")
+        for position, layer in enumerate(self.layers):
+            if any(not 0 <= i < len(self.inputs) + position for i in layer.inputs):
+                raise ValueError(f"layer {position} ({layer}) uses a value that is not there yet")
+        _ = self.values
+
+    @cached_property
+    def key(self) -> str:
+        """The canonical text: precision, inputs, layers; never names or positions."""
+        inputs = " ".join(map(str, self.inputs))
+        tail = " -> logits" if self.logits else ""
+        return f"{self.precision} [{inputs}] {'; '.join(map(str, self.layers))}{tail}"
+
+    @cached_property
+    def values(self) -> tuple[Tensor, ...]:
+        """Every value: the op's inputs, then each layer's output with its shape and format."""
+        values = list(self.inputs)
+        for layer in self.layers:
+            values.append(_output(layer, [values[i] for i in layer.inputs]))
+        quantisers = _quantisers(self, values)
+        formats = [
+            Format(f"a{q.bits}", q.signed)
+            if (q := quantisers.get(index)) and index >= len(self.inputs)
+            else value.format
+            for index, value in enumerate(values)
+        ]
+        if not self.precision.is_integer:
+            formats[len(self.inputs) :] = [
+                Format(self.precision.name, f.signed) for f in formats[len(self.inputs) :]
+            ]
+        return tuple(replace(v, format=f) for v, f in zip(values, formats, strict=True))
+
+    @cached_property
+    def quantisers(self) -> Mapping[int, Quantiser]:
+        """The values that this op quantises, by value index.
+
+        A float op quantises nothing. An integer op quantises each float input, and every layer's
+        output but the one before a fused activation and the logits.
+        """
+        return _quantisers(self, self.values)
+
+    @cached_property
+    def output(self) -> Tensor:
+        """What the op hands on."""
+        return self.values[-1]
+
+    def layer_inputs(self, index: int) -> list[Tensor]:
+        """The inputs of layer `index`."""
+        return [self.values[i] for i in self.layers[index].inputs]
+
+    # ---- counts
+
+    @cached_property
+    def layer_macs(self) -> tuple[int, ...]:
+        """Multiply-accumulates of each layer for one image: convolutions and linear layers only."""
+        counts = []
+        for index, layer in enumerate(self.layers):
+            if layer.has_weights:
+                shape = layer.weight_shape(_channels_in(layer, self.layer_inputs(index)[0]))
+                output = self.values[len(self.inputs) + index]
+                counts.append(_product(shape) * output.height * output.width)
+            else:
+                counts.append(0)
+        return tuple(counts)
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-accumulates for one image."""
+        return sum(self.layer_macs)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Trainable values: weights, biases, and the two of every batch-norm channel."""
+        count = 0
+        for index, layer in enumerate(self.layers):
+            if layer.has_weights:
+                channels_in = _channels_in(layer, self.layer_inputs(index)[0])
+                count += _product(layer.weight_shape(channels_in))
+                count += layer.channels * (2 if layer.norm else 1)
+        return count
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of the shipped weights: codes, per-channel scales and biases, norm folded."""
+        count = 0
+        for index, layer in enumerate(self.layers):
+            if layer.has_weights:
+                channels_in = _channels_in(layer, self.layer_inputs(index)[0])
+                weights = _product(layer.weight_shape(channels_in))
+                count += -(-weights * self.precision.weight_bits // 8) + 4 * layer.channels
+                if self.precision.is_integer:  # weight scale and bias scale
+                    count += 8 * layer.channels
+        return count
+
+    @cached_property
+    def bitops(self) -> int:
+        """MACs x weight bits x bits that the layer's input really has; fp32 counts as 32 x 32."""
+        return sum(
+            macs * self.precision.weight_bits * self._seen_bits(layer.inputs[0])
+            for layer, macs in zip(self.layers, self.layer_macs, strict=True)
+            if macs
+        )
+
+    @cached_property
+    def peak_activation_bytes(self) -> float:
+        """The most bytes of activations alive at once inside the op, for one image.
+
+        While a layer runs, its output and every value that it or a later layer reads are alive.
+        """
+        peak = 0.0
+        for position in range(len(self.layers)):
+            alive = {len(self.inputs) + position}
+            alive.update(i for layer in self.layers[position:] for i in layer.inputs)
+            alive = {i for i in alive if i <= len(self.inputs) + position}
+            peak = max(peak, sum(self.values[i].size_bytes for i in alive))
+        return peak
+
+    def _seen_bits(self, index: int) -> int:
+        """Bits of value `index` as a convolution of this op reads it."""
+        if index in self.quantisers:
+            return self.quantisers[index].bits
+        if not self.precision.is_integer:
+            return self.precision.activation_bits
+        return self.values[index].format.bits
+
+    # ---- as data
+
+    def to_json(self) -> str:
+        """The op as JSON text."""
+        return json.dumps(
+            {
+                "precision": self.precision.name,
+                "inputs": [str(tensor) for tensor in self.inputs],
+                "layers": [_without_defaults(layer) for layer in self.layers],
+                "logits": self.logits,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "OpSpec":
+        """The op that `to_json` wrote."""
+        data = json.loads(text)
+        inputs = []
+        for tensor in data["inputs"]:
+            kind, _, shape = tensor.partition(":")
+            channels, height, width = map(int, shape.split("x"))
+            inputs.append(Tensor(channels, height, width, Format.parse(kind)))
+        layers = [Layer(**{**item, "inputs": tuple(item["inputs"])}) for item in data["layers"]]
+        return cls(tuple(inputs), tuple(layers), Precision(data["precision"]), data["logits"])
+
+
+class OpBuilder:
+    """Writes an OpSpec layer by layer; every method returns the index of the new value.
+
+    >>> op = OpBuilder(Precision("w8a8"), Tensor(16, 8, 8))
+    >>> y = op.conv(0, 16, kernel=3, role="conv")
+    >>> op.add(op.relu(y), 0) and str(op.build().output)
+    'a8:16x8x8'
+    """
+
+    def __init__(self, precision: Precision, *inputs: Tensor) -> None:
+        self.precision = precision
+        self.inputs = inputs
+        self.layers: list[Layer] = []
+
+    def conv(
+        self,
+        value: int,
+        channels: int,
+        *,
+        role: str,
+        kernel: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        norm: bool = True,
+    ) -> int:
+        """A convolution, padded by kernel // 2, with batch norm or else a bias."""
+        return self._append(
+            Layer("conv", (value,), role, channels, kernel, stride, groups, norm)
+        )
+
+    def linear(self, value: int, channels: int, *, role: str) -> int:
+        """A fully connected layer with a bias."""
+        return self._append(Layer("linear", (value,), role, channels))
+
+    def activation(self, value: int, function: str) -> int:
+        """An activation, one of `ACTIVATIONS`."""
+        return self._append(Layer("activation", (value,), function=function))
+
+    def relu(self, value: int) -> int:
+        """max(x, 0)."""
+        return self.activation(value, "relu")
+
+    def pool(self, value: int) -> int:
+        """The global average pool."""
+        return self._append(Layer("pool", (value,)))
+
+    def add(self, left: int, right: int) -> int:
+        """The sum of two values."""
+        return self._append(Layer("add", (left, right)))
+
+    def mul(self, value: int, gate: int) -> int:
+        """The product of a value and a 1 x 1 gate."""
+        return self._append(Layer("mul", (value, gate)))
+
+    def channels(self, value: int) -> int:
+        """Channels of a value that is already there."""
+        return self.build().values[value].channels if self.layers else self.inputs[value].channels
+
+    def build(self, *, logits: bool = False) -> OpSpec:
+        """The op as written so far; its last layer is the output."""
+        return OpSpec(tuple(self.inputs), tuple(self.layers), self.precision, logits)
+
+    def _append(self, layer: Layer) -> int:
+        self.layers.append(layer)
+        return len(self.inputs) + len(self.layers) - 1
+
+
+COUNTS: dict[str, Callable[[OpSpec], float]] = {
+    "params": lambda op: op.parameters,
+    "macs": lambda op: op.macs,
+    "bitops": lambda op: op.bitops,
+    "weight_bytes": lambda op: op.weight_bytes,
+}
+"""The additive costs that need no measurement, each a number for one op."""
+
+
+def total(cost: str, ops: Iterable[OpSpec]) -> float:
+    """An additive cost of a whole network."""
+    return sum(COUNTS[cost](op) for op in ops)
+
+
+def peak_activation_bytes(ops: Iterable[OpSpec]) -> float:
+    """The most activation bytes alive at once in a chain of ops, for one image."""
+    return max(op.peak_activation_bytes for op in ops)
+
+
+def _output(layer: Layer, inputs: list[Tensor]) -> Tensor:
+    """Shape and sign of a layer's output; the format's type is decided by the op."""
+    first = inputs[0]
+    signed = any(tensor.format.signed for tensor in inputs)
+    match layer.kind:
+        case "conv":
+            if layer.kernel % 2 == 0 or first.channels % layer.groups:
+                raise ValueError(f"{layer} does not fit {first}: odd kernels, whole groups")
+            if layer.channels % layer.groups:
+                raise ValueError(f"{layer}: {layer.groups} groups do not divide its channels")
+            height, width = (-(-side // layer.stride) for side in (first.height, first.width))
+            return Tensor(layer.channels, height, width)
+        case "linear":
+            return Tensor(layer.channels, 1, 1)
+        case "activation":
+            if layer.function not in ACTIVATIONS:
+                raise ValueError(f"{layer.function!r} is not one of {', '.join(ACTIVATIONS)}")
+            return replace(first, format=Format(signed=layer.function not in RANGES))
+        case "pool":
+            return Tensor(first.channels, 1, 1, Format(signed=first.format.signed))
+        case "add":
+            if any(replace(t, format=first.format) != first for t in inputs):
+                raise ValueError(f"{layer}: the shapes {', '.join(map(str, inputs))} differ")
+            return replace(first, format=Format(signed=signed))
+        case "mul":
+            gate = inputs[1]
+            if (gate.channels, gate.height, gate.width) != (first.channels, 1, 1):
+                raise ValueError(f"{layer}: {gate} is not a 1 x 1 gate for {first}")
+            return replace(first, format=Format(signed=signed))
+        case _:
+            raise ValueError(f"{layer.kind!r} is not a layer kind")
+
+
+def _quantisers(op: OpSpec, values: tuple[Tensor, ...] | list[Tensor]) -> dict[int, Quantiser]:
+    if not op.precision.is_integer:
+        return {}
+    bits = op.precision.activation_bits
+    found = {
+        index: Quantiser(bits, tensor.format.signed)
+        for index, tensor in enumerate(op.inputs)
+        if not tensor.format.is_quantised
+    }
+    readers: dict[int, list[Layer]] = {}
+    for layer in op.layers:
+        for index in layer.inputs:
+            readers.setdefault(index, []).append(layer)
+    last = len(values) - 1
+    for index in range(len(op.inputs), len(values)):
+        fused = readers.get(index) and all(
+            reader.function in FUSED_ACTIVATIONS for reader in readers[index]
+        )
+        if not fused and not (index == last and op.logits):
+            found[index] = Quantiser(bits, values[index].format.signed)
+    return found
+
+
+def _channels_in(layer: Layer, tensor: Tensor) -> int:
+    return tensor.elements if layer.kind == "linear" else tensor.channels
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def _without_defaults(layer: Layer) -> dict[str, Any]:
+    default = Layer(layer.kind, layer.inputs)
+    return {
+        name: value
+        for name, value in asdict(layer).items()
+        if name in ("kind", "inputs") or value != getattr(default, name)
+    }

@@ -1,0 +1,181 @@
+"""Measured rows of one device in one condition, with everything needed to trust them.
+
+One parquet file a condition: the rows, and in the file's metadata the host, the measuring protocol
+and the latency models (`latency_tables.model`) that were calibrated on whole networks.
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latency_tables.files import write_atomically
+from latency_tables.model import LatencyModel
+from latency_tables.ops import OpSpec
+from quant.errors import TableError
+
+FORMAT_VERSION = 1
+_META = b"hwnas"
+
+
+@dataclass(frozen=True)
+class Host:
+    """The machine and the condition that rows belong to.
+
+    `hostname` and `governor` are recorded; rows of hosts that differ in any other field are never
+    mixed.
+    """
+
+    device: str
+    runtime: str
+    runtime_version: str
+    cpu: str
+    flags: str
+    threads: int = 1
+    batch: int = 1
+    governor: str = ""
+    hostname: str = ""
+
+    def difference(self, other: "Host") -> str:
+        """The first field that makes two hosts differ, with both values; empty if none does."""
+        for item in fields(self):
+            mine, theirs = getattr(self, item.name), getattr(other, item.name)
+            if item.name not in ("hostname", "governor") and mine != theirs:
+                return f"{item.name}: {_short(mine)} against {_short(theirs)}"
+        return ""
+
+    @property
+    def file_name(self) -> str:
+        """The table's file: one a condition."""
+        return f"{self.device}-{self.runtime}-t{self.threads}-b{self.batch}.parquet"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op's measurement. `spread` is the interquartile range of the block medians over their
+    median; `stable` tells whether it was small enough."""
+
+    key: str
+    op: str
+    precision: str
+    median_us: float
+    min_us: float
+    p95_us: float
+    spread: float
+    runs: int
+    stable: bool
+
+    def __post_init__(self) -> None:
+        for name in ("median_us", "min_us", "p95_us"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise TableError(
+                    f"The row {self.key!r} has {name} = {value}.",
+                    accepted="a positive number of microseconds",
+                    next_step="profile this op again",
+                )
+
+
+@dataclass
+class LatencyTable:
+    """Rows by key, with their host, their protocol and the models fitted on them."""
+
+    host: Host
+    protocol: dict[str, Any]
+    rows: dict[str, Row] = field(default_factory=dict)
+    models: dict[str, LatencyModel] = field(default_factory=dict)
+
+    def lookup(self, op: OpSpec) -> Row:
+        """The row of an op; raises TableError that names the nearest known keys."""
+        row = self.rows.get(op.key)
+        if row is None:
+            near = difflib.get_close_matches(op.key, self.rows, n=3, cutoff=0)
+            raise TableError(
+                f"The table has no row for {op.key!r}.",
+                accepted="; ".join(near) or "nothing yet, the table is empty",
+                next_step="run hwnas profile for this space",
+            )
+        return row
+
+    def missing(self, ops: Iterable[OpSpec]) -> list[OpSpec]:
+        """The ops without a row, each key once."""
+        return list({op.key: op for op in ops if op.key not in self.rows}.values())
+
+    def merge(self, other: "LatencyTable") -> "LatencyTable":
+        """Both tables' rows, `other`'s first; raises TableError where the conditions differ."""
+        if difference := self.host.difference(other.host):
+            raise TableError(f"The two tables were measured on different hosts ({difference}).")
+        if self.protocol != other.protocol:
+            raise TableError(
+                "The two tables were measured by different protocols "
+                f"({self.protocol} against {other.protocol})."
+            )
+        return LatencyTable(
+            self.host, self.protocol, self.rows | other.rows, self.models | other.models
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the parquet file atomically."""
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "host": asdict(self.host),
+            "protocol": self.protocol,
+            "models": {name: model.to_dict() for name, model in self.models.items()},
+        }
+        columns = {item.name: [getattr(r, item.name) for r in self.rows.values()] for item in _ROW}
+        data = pa.table(columns, schema=_SCHEMA).replace_schema_metadata({_META: json.dumps(meta)})
+        write_atomically(path, lambda temporary: pq.write_table(data, temporary))
+
+    @classmethod
+    def load(cls, path: Path) -> "LatencyTable":
+        """Read a table; raises TableError where the file is not one, with the row at fault."""
+        try:
+            data = pq.read_table(path)
+            meta = json.loads((data.schema.metadata or {})[_META])
+        except FileNotFoundError as error:
+            raise TableError(f"There is no table {path}.", next_step="run hwnas profile") from error
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise TableError(
+                f"{path} is not a latency table: {error}.",
+                accepted="a parquet file that hwnas profile wrote",
+                next_step="remove it and profile again",
+            ) from error
+        if meta.get("format_version") != FORMAT_VERSION:
+            raise TableError(
+                f"{path} has format version {meta.get('format_version')}.",
+                accepted=f"version {FORMAT_VERSION}",
+                next_step="profile again with this hwnas",
+            )
+        if absent := [item.name for item in _ROW if item.name not in data.column_names]:
+            raise TableError(f"{path} lacks the column {absent[0]!r}.", next_step="profile again")
+        try:
+            if any(data[item.name].null_count for item in _ROW):
+                raise TableError(f"{path} has empty cells.", next_step="profile again")
+            rows = [Row(**record) for record in data.select([i.name for i in _ROW]).to_pylist()]
+            models = {name: LatencyModel.from_dict(m) for name, m in meta["models"].items()}
+            return cls(Host(**meta["host"]), meta["protocol"], {r.key: r for r in rows}, models)
+        except TableError as error:
+            raise TableError(f"{path}: {error}") from error
+        except (TypeError, KeyError) as error:
+            raise TableError(
+                f"{path} does not read as a table of version {FORMAT_VERSION}: {error}.",
+                next_step="profile again",
+            ) from error
+
+
+_ROW = fields(Row)
+_TYPES: dict[Any, pa.DataType] = {
+    str: pa.string(), float: pa.float64(), int: pa.int64(), bool: pa.bool_()
+}
+_SCHEMA = pa.schema([(item.name, _TYPES[item.type]) for item in _ROW])
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

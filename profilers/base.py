@@ -1,0 +1,93 @@
+"""The contract of a profiler: it takes an emitted graph and gives a session that times it.
+
+Every backend passes the one conformance suite in `tests/profilers/test_conformance.py`. Public
+methods check the state; a backend writes the methods that begin with an underscore.
+"""
+
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from latency_tables.table import Host
+from profilers.measure import Protocol, Samples
+from quant.precision import Runtime
+
+Array = npt.NDArray[np.generic]
+
+
+class Session(ABC):
+    """A loaded model. Use it in a `with` block; once closed it refuses to work."""
+
+    def __init__(self) -> None:
+        self._closed = False
+
+    def run(self, *inputs: Array) -> Array:
+        """The model's output for the inputs, each (batch, channels, height, width)."""
+        self._check_open()
+        return self._run(*inputs)
+
+    def block(self, protocol: Protocol) -> Samples:
+        """Microseconds of each call of one timed block, on inputs of the condition's batch."""
+        self._check_open()
+        return self._block(protocol)
+
+    def close(self) -> None:
+        """Release the model."""
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this session is closed; prepare the model again")
+
+    @abstractmethod
+    def _run(self, *inputs: Array) -> Array: ...
+
+    @abstractmethod
+    def _block(self, protocol: Protocol) -> Samples: ...
+
+
+class Profiler(ABC):
+    """A device in one condition: `threads` and `batch`.
+
+    `runtime` names the kernels and the activation grid; `seconds_per_row` is how long one row
+    takes beside its counted runs (emitting, checking, opening), for the estimate told beforehand.
+    """
+
+    runtime: Runtime
+    seconds_per_row: float
+
+    def __init__(self, *, threads: int = 1, batch: int = 1) -> None:
+        self.threads = threads
+        self.batch = batch
+
+    @abstractmethod
+    def host(self) -> Host:
+        """The provenance of what this profiler measures."""
+
+    @abstractmethod
+    def prepare(self, model: onnx.ModelProto) -> Session:
+        """Load a model; one session at a time."""
+
+    @abstractmethod
+    def check(self, model: onnx.ModelProto) -> None:
+        """Raise `WrongKernels` unless the runtime executes the model as its ops declare."""
+
+
+class WrongKernels(RuntimeError):
+    """A graph does not run in the kernels that its ops declare, so its time would mislead."""

@@ -1,0 +1,31 @@
+"""Which profiler measures which device."""
+
+from profilers.base import Profiler
+from quant.errors import InvalidInput, MissingDependency
+
+DEVICES = ("cpu", "simulated", "gpu")
+
+
+def open_profiler(device: str, *, threads: int = 1, batch: int = 1) -> Profiler:
+    """The profiler of a device in a condition; raises InvalidInput for one that is not there."""
+    match device:
+        case "cpu":
+            from profilers.ort import OrtProfiler
+
+            return OrtProfiler(threads=threads, batch=batch)
+        case "simulated":
+            from profilers.simulated import SimulatedProfiler
+
+            return SimulatedProfiler(threads=threads, batch=batch)
+        case "gpu":
+            raise MissingDependency(
+                "This version of hwnas cannot measure on a GPU.",
+                accepted="cpu, simulated",
+                next_step="use --device cpu",
+            )
+        case _:
+            raise InvalidInput(
+                f"{device!r} is not a device.",
+                accepted=", ".join(DEVICES),
+                next_step="hwnas search --device cpu",
+            )

@@ -1,0 +1,339 @@
+"""The one emitter: a chain of ops, and its parameters, as an ONNX graph.
+
+What a profiler times for an op and what export ships for a network both come from `emit`. The
+flavour is ONNX Runtime's: activations are unsigned 8-bit (zero point 0 where nothing is negative,
+else 128), weights signed 8-bit per output channel, biases 32-bit on exactly the accumulator's grid.
+Written so, every layer of an integer op runs in an integer kernel; `expected_operators` says which
+operators the optimised graph must then hold, and a profiler checks.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from latency_tables.ops import Layer, OpSpec, Tensor
+from quant.errors import InvalidInput
+from quant.integer import FloatWeights, IntegerWeights, Weights, bias_codes
+from quant.precision import ONNXRUNTIME, Grid, Runtime
+
+OPSET = 21
+IR_VERSION = 10
+INPUT, OUTPUT = "input", "output"
+OPS_METADATA = "hwnas.ops"
+
+ONNX_ACTIVATIONS = {
+    "relu": ("Relu", {}),
+    "sigmoid": ("Sigmoid", {}),
+    "hard_sigmoid": ("HardSigmoid", {"alpha": 1 / 6, "beta": 0.5}),
+    "hard_swish": ("HardSwish", {}),
+}
+"""The ONNX node of each activation; relu6 is a Clip."""
+
+INTEGER_ACTIVATIONS = {"relu": "", "sigmoid": "QLinearSigmoid"}
+"""Activations that integer ops run in integer kernels; the quantiser swallows a relu."""
+
+FLOAT_ISLANDS = ("hard_sigmoid", "hard_swish")
+"""Declared: ONNX Runtime has no integer kernel for these; they run in float between Q and DQ."""
+
+
+@dataclass
+class OpParameters:
+    """The numbers of one op.
+
+    `weights` by layer index; `limits` by value index, the end of each quantised value's range
+    (also that of a quantised input where the op stands first in its graph).
+    """
+
+    weights: dict[int, Weights]
+    limits: dict[int, float] = field(default_factory=dict)
+
+
+def random_parameters(op: OpSpec, rng: np.random.Generator) -> OpParameters:
+    """Parameters with values of a trained network's size, to time an op before it is trained."""
+    weights: dict[int, Weights] = {}
+    for index, layer in enumerate(op.layers):
+        if not layer.has_weights:
+            continue
+        source = op.layer_inputs(index)[0]
+        shape = layer.weight_shape(source.elements if layer.kind == "linear" else source.channels)
+        deviation = np.sqrt(2 / np.prod(shape[1:]))
+        weight = rng.normal(0, deviation, shape).astype(np.float32)
+        bias = rng.normal(0, 0.1, layer.channels).astype(np.float32)
+        if op.precision.is_integer:
+            scale = np.full(layer.channels, 3 * deviation / 127, np.float32)
+            codes = np.clip(np.rint(weight / scale[:, *[None] * (weight.ndim - 1)]), -127, 127)
+            weights[index] = IntegerWeights(codes.astype(np.int8), scale, bias)
+        else:
+            weights[index] = FloatWeights(weight, bias)
+    quantised = [i for i, tensor in enumerate(op.inputs) if tensor.format.is_quantised]
+    return OpParameters(weights, {index: 4.0 for index in (*op.quantisers, *quantised)})
+
+
+def emit(
+    ops: Sequence[OpSpec], parameters: Sequence[OpParameters], runtime: Runtime = ONNXRUNTIME
+) -> onnx.ModelProto:
+    """The ONNX graph of a chain of ops: float input NCHW (codes where the first op takes codes).
+
+    The batch is symbolic. The ops themselves are stored in the model's metadata.
+    Raises InvalidInput where the runtime has no kernel for a precision or an activation.
+    """
+    for op in ops:
+        runtime.kernel(op.precision)
+    writer = _Writer(runtime)
+    first = ops[0]
+    inputs = [
+        writer.graph_input(INPUT if index == 0 else f"{INPUT}{index}", tensor, parameters[0], index)
+        for index, tensor in enumerate(first.inputs)
+    ]
+    for number, (op, numbers) in enumerate(zip(ops, parameters, strict=True)):
+        inputs = [writer.op(f"op{number}", op, numbers, inputs)]
+    writer.graph_output(inputs[0], ops[-1].output)
+    graph = helper.make_graph(
+        writer.nodes, "hwnas", writer.inputs, writer.outputs, writer.initializers
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
+    )
+    helper.set_model_props(model, {OPS_METADATA: json.dumps([op.to_json() for op in ops])})
+    return model
+
+
+def read_ops(model: onnx.ModelProto) -> list[OpSpec]:
+    """The ops that a model of ours was emitted from; raises InvalidInput for any other model."""
+    for item in model.metadata_props:
+        if item.key == OPS_METADATA:
+            return [OpSpec.from_json(text) for text in json.loads(item.value)]
+    raise InvalidInput(
+        f"The ONNX model holds no {OPS_METADATA} metadata.", accepted="a model that hwnas wrote"
+    )
+
+
+def expected_operators(ops: Sequence[OpSpec]) -> Counter[str]:
+    """How many operators of each watched kind the optimised graph must hold.
+
+    `Conv` and `Gemm` stand for all their fused and reordered float forms. Every layer that reads
+    codes in float does so through a DequantizeLinear of its own.
+    """
+    count: Counter[str] = Counter()
+    for op in ops:
+        inputs = range(len(op.inputs))
+        if not op.precision.is_integer:
+            count["Conv"] += sum(layer.kind == "conv" for layer in op.layers)
+            count["Gemm"] += sum(layer.kind == "linear" for layer in op.layers)
+            codes = {i for i in inputs if op.inputs[i].format.is_quantised}
+            reads = [i for layer in op.layers for i in layer.inputs]
+            count["DequantizeLinear"] += sum(i in codes for i in reads)
+            continue
+        count["QuantizeLinear"] += sum(i in op.quantisers for i in inputs)
+        for layer in op.layers:
+            match layer.kind:
+                case "conv":
+                    count["QLinearConv"] += 1
+                case "linear":
+                    count["QGemm"] += 1
+                case "add":
+                    count["QLinearAdd"] += 1
+                case "mul":
+                    count["QLinearMul"] += 1
+                case "pool":
+                    count["QLinearGlobalAveragePool"] += 1
+                case "activation" if layer.function in FLOAT_ISLANDS:
+                    count["DequantizeLinear"] += 1
+                    count["QuantizeLinear"] += 1
+                case "activation" if kernel := INTEGER_ACTIVATIONS[layer.function]:
+                    count[kernel] += 1
+    return +count
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """A quantised value in the graph: the tensor of codes, with what turns codes into values."""
+
+    name: str
+    scale: str
+    zero_point: str
+    step: float
+
+
+class _Writer:
+    """Collects nodes and initialisers; values are float tensor names or `_Codes`."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[TensorProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+
+    def graph_input(
+        self, name: str, tensor: Tensor, parameters: OpParameters, index: int
+    ) -> str | _Codes:
+        kind = TensorProto.UINT8 if tensor.format.is_quantised else TensorProto.FLOAT
+        shape = ["batch", tensor.channels, tensor.height, tensor.width]
+        self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
+        if not tensor.format.is_quantised:
+            return name
+        grid = self.runtime.grid(tensor.format.bits, signed=tensor.format.signed)
+        return self.codes(name, parameters.limits[index], grid)
+
+    def graph_output(self, value: str | _Codes, tensor: Tensor) -> None:
+        flat = self.nodes[-1].op_type == "Gemm"
+        shape = ["batch", tensor.channels, *([] if flat else [tensor.height, tensor.width])]
+        kind = TensorProto.FLOAT if isinstance(value, str) else TensorProto.UINT8
+        name = value if isinstance(value, str) else value.name
+        for node in self.nodes:
+            node.output[:] = [OUTPUT if old == name else old for old in node.output]
+            node.input[:] = [OUTPUT if old == name else old for old in node.input]
+        self.outputs.append(helper.make_tensor_value_info(OUTPUT, kind, shape))
+
+    def op(
+        self, name: str, op: OpSpec, parameters: OpParameters, inputs: list[str | _Codes]
+    ) -> str | _Codes:
+        values: list[str | _Codes] = []
+        for index, value in enumerate(inputs):
+            if index in op.quantisers:
+                value = self.quantise(f"{name}.in{index}", self.as_float(value), op, parameters, index)
+            elif not op.precision.is_integer:
+                value = self.as_float(value)
+            values.append(value)
+        for index, layer in enumerate(op.layers):
+            position = len(op.inputs) + index
+            label = f"{name}.{index}.{layer.role or layer.function or layer.kind}"
+            sources = [values[i] for i in layer.inputs]
+            output = self.layer(label, layer, sources, parameters.weights.get(index), op)
+            if position in op.quantisers:
+                values.append(self.quantise(label, output, op, parameters, position))
+            else:
+                values.append(output)
+        return values[-1]
+
+    def layer(
+        self,
+        label: str,
+        layer: Layer,
+        sources: list[str | _Codes],
+        weights: Weights | None,
+        op: OpSpec,
+    ) -> str:
+        match layer.kind:
+            case "conv":
+                assert weights is not None
+                pad = layer.kernel // 2
+                return self.node(
+                    "Conv",
+                    label,
+                    [self.as_float(sources[0]), *self.weights(label, weights, sources[0])],
+                    kernel_shape=[layer.kernel] * 2,
+                    strides=[layer.stride] * 2,
+                    pads=[pad] * 4,
+                    group=layer.groups,
+                )
+            case "linear":
+                assert weights is not None
+                flat = self.flatten(label, sources[0])
+                inputs = [self.as_float(flat), *self.weights(label, weights, flat)]
+                return self.node("Gemm", label, inputs, transB=1)
+            case "activation":
+                return self.activation(label, layer.function, sources[0], op)
+            case "pool":
+                return self.node("GlobalAveragePool", label, [self.as_float(sources[0])])
+            case "add" | "mul":
+                kind = layer.kind.capitalize()
+                return self.node(kind, label, [self.as_float(source) for source in sources])
+            case _:
+                raise InvalidInput(f"The emitter has no ONNX form of the layer {layer}.")
+
+    def activation(self, label: str, function: str, source: str | _Codes, op: OpSpec) -> str:
+        known = (*INTEGER_ACTIVATIONS, *FLOAT_ISLANDS)
+        if op.precision.is_integer and function not in known:
+            raise InvalidInput(
+                f"{self.runtime.name} has no integer form of {function}.",
+                accepted=", ".join(known),
+                next_step="use relu: its quantiser saturates as relu6 does",
+            )
+        value = self.as_float(source)
+        if function == "relu6":
+            ends = [self.constant(f"{label}.{end}", np.float32(end)) for end in (0, 6)]
+            return self.node("Clip", label, [value, *ends])
+        kind, attributes = ONNX_ACTIVATIONS[function]
+        return self.node(kind, label, [value], **attributes)
+
+    def weights(
+        self, label: str, weights: Weights, source: str | _Codes
+    ) -> tuple[str, str]:
+        """The weight and bias inputs of a convolution or linear layer."""
+        if isinstance(weights, FloatWeights):
+            return (
+                self.constant(f"{label}.weight", weights.weight.astype(np.float32)),
+                self.constant(f"{label}.bias", weights.bias.astype(np.float32)),
+            )
+        assert isinstance(source, _Codes), "integer weights need a quantised input"
+        bias, weights = bias_codes(weights, source.step)
+        zero = np.zeros(len(weights.scale))
+        return (
+            self.dequantise(f"{label}.weight", weights.codes, weights.scale, zero.astype(np.int8)),
+            self.dequantise(
+                f"{label}.bias",
+                bias,
+                np.float32(source.step) * weights.scale,
+                zero.astype(np.int32),
+            ),
+        )
+
+    def dequantise(
+        self,
+        label: str,
+        codes: np.ndarray[tuple[int, ...], np.dtype[np.integer]],
+        scale: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
+        zero: np.ndarray[tuple[int, ...], np.dtype[np.integer]],
+    ) -> str:
+        inputs = [
+            self.constant(f"{label}.codes", codes),
+            self.constant(f"{label}.scale", scale),
+            self.constant(f"{label}.zero", zero),
+        ]
+        return self.node("DequantizeLinear", label, inputs, axis=0)
+
+    def flatten(self, label: str, source: str | _Codes) -> str | _Codes:
+        name = source if isinstance(source, str) else source.name
+        flat = self.node("Flatten", f"{label}.flatten", [name], axis=1)
+        if isinstance(source, str):
+            return flat
+        return _Codes(flat, source.scale, source.zero_point, source.step)
+
+    def quantise(
+        self, label: str, value: str, op: OpSpec, parameters: OpParameters, index: int
+    ) -> _Codes:
+        quantiser = op.quantisers[index]
+        grid = self.runtime.grid(quantiser.bits, signed=quantiser.signed)
+        codes = self.codes(f"{label}.codes", parameters.limits[index], grid)
+        inputs = [value, codes.scale, codes.zero_point]
+        self.nodes.append(
+            helper.make_node("QuantizeLinear", inputs, [codes.name], f"{label}.quantise")
+        )
+        return codes
+
+    def codes(self, name: str, limit: float, grid: Grid) -> _Codes:
+        step = float(np.float32(limit) / np.float32(grid.top))
+        scale = self.constant(f"{name}.scale", np.float32(step))
+        zero = self.constant(f"{name}.zero", np.uint8(-grid.low))
+        return _Codes(name, scale, zero, step)
+
+    def as_float(self, value: str | _Codes) -> str:
+        if isinstance(value, str):
+            return value
+        label = f"{value.name}.float{len(self.nodes)}"
+        return self.node("DequantizeLinear", label, [value.name, value.scale, value.zero_point])
+
+    def constant(self, name: str, value: np.ndarray | np.generic) -> str:  # type: ignore[type-arg]
+        self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def node(self, kind: str, label: str, inputs: list[str], **attributes: object) -> str:
+        self.nodes.append(helper.make_node(kind, inputs, [label], f"{label}.{kind}", **attributes))
+        return label

@@ -1,0 +1,163 @@
+"""What a precision means: its name, its bits, the grid of its activations, the kernel that runs it.
+
+No torch here: searching needs these facts too.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+from quant.errors import InvalidInput
+
+FLOATS = {"fp32": 32, "tf32": 32, "fp16": 16, "bf16": 16, "fp8": 8}
+"""Float precisions and the bits that each value takes in memory."""
+
+_INTEGER = re.compile(r"w([1-8])a([1-8])")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the weights and activations of an op are represented.
+
+    >>> Precision("w4a8").weight_bits, Precision("w4a8").activation_bits
+    (4, 8)
+    >>> Precision("fp32").is_integer
+    False
+    >>> Precision("int8")
+    Traceback (most recent call last):
+    quant.errors.InvalidInput: 'int8' is not a precision. Accepted: fp32, tf32, fp16, bf16, fp8, \
+or w<1-8>a<1-8> such as w8a8.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in FLOATS and not _INTEGER.fullmatch(self.name):
+            raise InvalidInput(
+                f"{self.name!r} is not a precision.",
+                accepted=f"{', '.join(FLOATS)}, or w<1-8>a<1-8> such as w8a8",
+            )
+
+    def __str__(self) -> str:
+        return self.name
+
+    @cached_property
+    def is_integer(self) -> bool:
+        """Whether weights and activations are quantised to integers."""
+        return self.name not in FLOATS
+
+    @cached_property
+    def weight_bits(self) -> int:
+        """Bits of one weight."""
+        match = _INTEGER.fullmatch(self.name)
+        return int(match[1]) if match else FLOATS[self.name]
+
+    @cached_property
+    def activation_bits(self) -> int:
+        """Bits of one activation."""
+        match = _INTEGER.fullmatch(self.name)
+        return int(match[2]) if match else FLOATS[self.name]
+
+    def format(self, *, signed: bool) -> "Format":
+        """The format of a tensor that an op of this precision hands on."""
+        return Format(f"a{self.activation_bits}" if self.is_integer else self.name, signed)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a tensor between two ops is represented.
+
+    `type` is a float precision or `a<bits>` for integers; `signed` is False where no value can be
+    negative (after a ReLU), which decides the grid that a quantiser uses.
+
+    >>> str(Format("a8", signed=False)), Format("a8").bits, Format("fp32").is_quantised
+    ('a8+', 8, False)
+    """
+
+    type: str = "fp32"
+    signed: bool = True
+
+    def __str__(self) -> str:
+        return self.type if self.signed else f"{self.type}+"
+
+    @classmethod
+    def parse(cls, text: str) -> "Format":
+        """The format whose `str` is `text`."""
+        return cls(text.removesuffix("+"), not text.endswith("+"))
+
+    @cached_property
+    def is_quantised(self) -> bool:
+        """Whether values are integer codes with a scale."""
+        return self.type not in FLOATS
+
+    @cached_property
+    def bits(self) -> int:
+        """Bits of one value."""
+        return int(self.type[1:]) if self.is_quantised else FLOATS[self.type]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integers that an activation can take: codes `low..high`, value = code * limit / top.
+
+    `limit` is the learned end of the range; `top` is the code that stands for it.
+    """
+
+    low: int
+    high: int
+    top: int
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What an inference runtime makes of a precision.
+
+    `kernels` maps each searched precision to the kernel that executes it; a precision that is not
+    in it cannot be profiled or exported there.
+    `unsigned_activations` tells whether an activation that is never negative gets all codes
+    (ONNX Runtime, 255 steps) or the upper half of a signed type (TensorRT, 127 steps).
+    """
+
+    name: str
+    kernels: dict[str, str]
+    unsigned_activations: bool
+
+    def kernel(self, precision: Precision) -> str:
+        """The kernel that executes `precision`; raises InvalidInput where there is none."""
+        if precision.name not in self.kernels:
+            raise InvalidInput(
+                f"{self.name} has no kernel for {precision}.",
+                accepted=", ".join(self.kernels),
+                next_step="search other precisions for this device",
+            )
+        return self.kernels[precision.name]
+
+    def grid(self, bits: int, *, signed: bool) -> Grid:
+        """The activation grid of `bits` bits.
+
+        >>> ONNXRUNTIME.grid(8, signed=False), TENSORRT.grid(8, signed=False)
+        (Grid(low=0, high=255, top=255), Grid(low=0, high=127, top=127))
+        >>> ONNXRUNTIME.grid(8, signed=True)
+        Grid(low=-128, high=127, top=128)
+        """
+        if signed:
+            return Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 2 ** (bits - 1))
+        top = 2**bits - 1 if self.unsigned_activations else 2 ** (bits - 1) - 1
+        return Grid(0, top, top)
+
+
+ONNXRUNTIME = Runtime("onnxruntime", {"fp32": "fp32", "w8a8": "int8"}, unsigned_activations=True)
+TENSORRT = Runtime(
+    "tensorrt",
+    {"fp32": "fp32", "tf32": "tf32", "fp16": "fp16", "bf16": "bf16", "w8a8": "int8"},
+    unsigned_activations=False,
+)
+
+
+def weight_top(bits: int) -> int:
+    """The largest weight code: symmetric, narrow range, 2^bits - 1 levels.
+
+    >>> weight_top(8), weight_top(2)
+    (127, 1)
+    """
+    return int(2 ** (bits - 1)) - 1
