@@ -1,5 +1,8 @@
 """Hardware-aware neural architecture search under hard, measured limits."""
 
+import importlib
+from typing import Any
+
 try:
     from quant.siblings import refuse_strangers
 except ImportError as error:
@@ -9,3 +12,27 @@ except ImportError as error:
     ) from error
 
 refuse_strangers(__file__)
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Architecture": "hwnas.spaces.base",
+    "Choice": "hwnas.spaces.base",
+    "Job": "hwnas.run",
+    "Position": "hwnas.spaces.base",
+    "Request": "hwnas.run",
+    "SearchSpace": "hwnas.spaces.base",
+    "State": "hwnas.spaces.base",
+    "mobile": "hwnas.spaces.mobile",
+    "mobile_tiny": "hwnas.spaces.mobile",
+    "search_to_certificate": "hwnas.run",
+}
+
+__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hwnas' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

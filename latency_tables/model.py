@@ -69,8 +69,10 @@ class LatencyModel:
     def budget_us(self, limit_ms: float) -> float:
         """The largest additive cost whose upper bound is at most `limit_ms`."""
         budget = limit_ms * 1000 / self.upper_ratio - self.offset_us
-        while self.upper_ms(budget) > limit_ms:  # undo the last digit of rounding
+        while self.upper_ms(budget) > limit_ms:  # the last digits of rounding, either way
             budget = math.nextafter(budget, -math.inf)
+        while self.upper_ms(above := math.nextafter(budget, math.inf)) <= limit_ms:
+            budget = above
         return budget
 
     def to_dict(self) -> dict[str, Any]:

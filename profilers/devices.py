@@ -1,6 +1,8 @@
 """Which profiler measures which device."""
 
 from profilers.base import Profiler
+from profilers.ort import OrtProfiler
+from profilers.simulated import SimulatedProfiler
 from quant.errors import InvalidInput, MissingDependency
 
 DEVICES = ("cpu", "simulated", "gpu")
@@ -10,12 +12,8 @@ def open_profiler(device: str, *, threads: int = 1, batch: int = 1) -> Profiler:
     """The profiler of a device in a condition; raises InvalidInput for one that is not there."""
     match device:
         case "cpu":
-            from profilers.ort import OrtProfiler
-
             return OrtProfiler(threads=threads, batch=batch)
         case "simulated":
-            from profilers.simulated import SimulatedProfiler
-
             return SimulatedProfiler(threads=threads, batch=batch)
         case "gpu":
             raise MissingDependency(

@@ -1,31 +1,48 @@
 """Which architecture each training step of a supernet trains."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from hwnas.spaces.base import Architecture, SearchSpace
 
 
 class UniformSampler:
-    """SPOS's uniform path sampling (Guo et al. 2019, section 3.3): each gene uniform among the
-    values that are legal after the genes before it."""
+    """SPOS's uniform path sampling (Guo et al. 2019, section 3.3).
 
-    def __init__(self, space: SearchSpace, rng: np.random.Generator) -> None:
+    Each gene is uniform among the values that are legal after the genes before it. For the first
+    `held_for` of training, genes whose option is in `held` take the value at that index instead
+    (negative from the end): widths sampled from the first step on are known not to converge.
+    """
+
+    def __init__(
+        self, space: SearchSpace, *, held: Mapping[str, int] | None = None, held_for: float = 0.0
+    ) -> None:
         self.space = space
-        self.rng = rng
+        self.held = dict(held or {})
+        self.held_for = held_for
+        self._options = [
+            [gene.name.rpartition(".")[2] for gene in position.genes]
+            for position in space.positions
+        ]
         self._legal = [
             [np.flatnonzero(level.source == state) for state in range(len(level.states))]
             for level in space.lattice.levels
         ]
+        self._genes = [np.array([s.genes for s in level.steps]) for level in space.lattice.levels]
 
-    def sample(self) -> Architecture:
-        """One architecture."""
+    def sample(self, rng: np.random.Generator, progress: float = 1.0) -> Architecture:
+        """One architecture; `progress` is the share of training that is done."""
+        held = self.held if progress < self.held_for else {}
         edges, state = [], 0
-        for level, legal in zip(self.space.lattice.levels, self._legal, strict=True):
+        for level, options, legal, genes in zip(
+            self.space.lattice.levels, self._options, self._legal, self._genes, strict=True
+        ):
             left = legal[state]
-            genes = np.array([level.steps[edge].genes for edge in left])
-            for column in range(genes.shape[1]):
-                keep = genes[:, column] == self.rng.choice(np.unique(genes[:, column]))
-                left, genes = left[keep], genes[keep]
+            for column, option in enumerate(options):
+                values = np.unique(genes[left, column])
+                value = values[held[option]] if option in held else rng.choice(values)
+                left = left[genes[left, column] == value]
             edges.append(int(left[0]))
             state = int(level.target[left[0]])
         return self.space.from_edges(edges)

@@ -14,8 +14,11 @@ class Strategy(Protocol):
 
     `ask` proposes architectures that are feasible and were never proposed before. It depends on the
     seed and on what was told, on nothing else, so that a search told its history goes on as if it
-    had never stopped. An empty answer means that nothing is left to propose.
+    had never stopped. An empty answer means that nothing is left to propose. `rejected` counts what
+    the last `ask` dropped for being over a limit; it was never scored.
     """
+
+    rejected: int
 
     def ask(self, count: int) -> list[Architecture]:
         """At most `count` new feasible architectures."""

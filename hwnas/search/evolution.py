@@ -46,6 +46,7 @@ class Evolution:
         self.shares = (mutations / population, crossovers / population)
         self.mutation_probability = mutation_probability
         self.scores: dict[Architecture, Score] = {}
+        self.rejected = 0
 
     @property
     def elites(self) -> list[Architecture]:
@@ -57,6 +58,7 @@ class Evolution:
         """At most `count` new feasible architectures; none where the feasible set is used up."""
         rng = np.random.default_rng([self.seed, len(self.scores)])
         proposals: dict[Architecture, None] = {}
+        self.rejected = 0
         if len(self.scores) >= self.population:
             elites = self.elites
             for share, child in zip(self.shares, (self._mutate, self._cross), strict=True):
@@ -85,12 +87,12 @@ class Evolution:
             if len(proposals) >= aim:
                 return
             architecture = child(elites, rng)
-            if (
-                architecture not in self.scores
-                and architecture not in proposals
-                and self.feasible.contains([architecture])[0]
-            ):
+            if architecture in self.scores or architecture in proposals:
+                continue
+            if self.feasible.contains([architecture])[0]:
                 proposals[architecture] = None
+            else:
+                self.rejected += 1
 
     def _mutate(self, elites: list[Architecture], rng: np.random.Generator) -> Architecture:
         parent = np.array(elites[rng.integers(len(elites))].genes)

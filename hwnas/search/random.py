@@ -16,6 +16,7 @@ class RandomSearch:
         self.feasible = feasible
         self.seed = seed
         self.seen: set[Architecture] = set()
+        self.rejected = 0
 
     def ask(self, count: int) -> list[Architecture]:
         """At most `count` new feasible architectures; fewer where 20 tries each find no more."""

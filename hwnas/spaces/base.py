@@ -268,6 +268,17 @@ class SearchSpace:
             tuple(g for level, e in zip(levels, edges, strict=True) for g in level.steps[e].genes)
         )
 
+    def through(self, depth: int, edge: int) -> Architecture:
+        """Some architecture that takes the given edge at the given level."""
+        levels = self.lattice.levels
+        edges = [edge]
+        for level in reversed(levels[:depth]):
+            state = levels[depth - len(edges) + 1].source[edges[0]]
+            edges.insert(0, int(np.flatnonzero(level.target == state)[0]))
+        for before, level in itertools.pairwise(levels[depth:]):
+            edges.append(int(np.flatnonzero(level.source == before.target[edges[-1]])[0]))
+        return self.from_edges(edges)
+
     def walk(self, architecture: Architecture) -> list[PlacedOp]:
         """The ops of an architecture in order, skips left out."""
         placed = []

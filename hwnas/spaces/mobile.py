@@ -73,7 +73,7 @@ def mobile_tiny(
     """The preset for small images: six blocks, 16 to 96 channels."""
     return mobile(
         "mobile-tiny",
-        (Stage(2, 1, (16, 24)), Stage(2, 2, (32, 48)), Stage(2, 2, (64, 96))),
+        (Stage(1, 1, (16, 24)), Stage(2, 2, (32, 48)), Stage(3, 2, (64, 96))),
         classes=classes,
         size=size,
         image_channels=image_channels,

@@ -1,0 +1,46 @@
+# hwnas: every target sets up what it needs.
+PYTHON ?= python3
+DEVICE ?= cpu
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench bench-check claims profile clean
+
+help: ## this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(STAMP) ## make .venv and install hwnas with the tested versions
+
+demo: $(STAMP) ## from nothing to a measured model under a limit on this CPU
+	$(BIN)/hwnas search --data digits --limit-fraction 0.5 --tables demo/tables --run demo/run
+
+test: $(STAMP) ## the default test suite
+	$(BIN)/python -m pytest
+
+check: $(STAMP) ## ruff, mypy, the import floors, doctests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --doctest-modules hwnas profilers latency_tables quant
+
+bench: $(STAMP) ## run every benchmark at full size and write its result
+	$(BIN)/python -m benchmarks run
+
+bench-check: $(STAMP) ## re-run every committed benchmark at reduced size against its stated band
+	$(BIN)/python -m benchmarks check
+
+claims: $(STAMP) ## check the published systems' claims (none is committed yet)
+	$(BIN)/python -m benchmarks claims
+
+profile: $(STAMP) ## measure a latency table: make profile DEVICE=cpu|gpu
+	$(BIN)/hwnas profile --device $(DEVICE)
+
+clean: ## remove what make made
+	rm -rf .venv build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,44 @@
+"""Batches of a split as tensors, the same for the same seed in any process."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hwnas.data import Images, as_input
+
+
+def in_order(images: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images (batch, channels, height, width) in [0, 1] and classes, in order."""
+    for start in range(0, len(images), size):
+        stop = start + size
+        x = torch.from_numpy(as_input(images.x[start:stop]))
+        yield x, torch.from_numpy(images.y[start:stop])
+
+
+def step_batch(images: Images, size: int, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """The batch of one training step: a shuffled epoch at a time, each image shifted a little.
+
+    It depends on the seed and the step alone, so that training goes on exactly after a stop.
+    """
+    size = min(size, len(images))
+    per_epoch = len(images) // size
+    epoch, place = divmod(step, per_epoch)
+    order = np.random.default_rng([seed, 1, epoch]).permutation(len(images))
+    chosen = order[place * size : (place + 1) * size]
+    x = torch.from_numpy(as_input(shifted(images.x[chosen], np.random.default_rng([seed, 2, step]))))
+    return x, torch.from_numpy(images.y[chosen])
+
+
+def shifted(
+    x: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], rng: np.random.Generator, most: int = 2
+) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """Images (n, height, width, channels) moved by up to `most` pixels each way, edges repeated."""
+    n, height, width, _ = x.shape
+    padded = np.pad(x, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
+    down, right = rng.integers(0, 2 * most + 1, (2, n))
+    rows = down[:, None] + np.arange(height)
+    columns = right[:, None] + np.arange(width)
+    moved = padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return moved

@@ -1,0 +1,60 @@
+"""A trained network as an ONNX file, and what the file does on real images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+from hwnas.data import Images, as_input
+from latency_tables.files import write_atomically
+from profilers.base import Profiler, Session
+from profilers.graphs import emit
+from profilers.modules import Network
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near the file is to the PyTorch network, on the same images.
+
+    `same_class` is the share of images with the same answer; `largest_difference` is that of any
+    logit, and `logit_range` the distance between the network's largest and smallest logit.
+    """
+
+    images: int
+    same_class: float
+    largest_difference: float
+    logit_range: float
+
+
+def write_onnx(network: Network, profiler: Profiler, path: Path) -> onnx.ModelProto:
+    """Emit a trained network, check that it runs in its declared kernels, and write the file."""
+    model = emit(network.ops, network.parameters_for_graph(), profiler.runtime)
+    onnx.checker.check_model(model)
+    profiler.check(model)
+    write_atomically(path, lambda temporary: temporary.write_bytes(model.SerializeToString()))
+    return model
+
+
+def agreement(network: Network, session: Session, images: Images) -> Agreement:
+    """Run both on the same images."""
+    x = as_input(images.x)
+    with torch.no_grad():
+        reference = network(torch.from_numpy(x)).numpy()
+    shipped = session.run(x)
+    return Agreement(
+        images=len(images),
+        same_class=float((reference.argmax(1) == shipped.argmax(1)).mean()),
+        largest_difference=float(np.abs(reference - shipped).max()),
+        logit_range=float(reference.max() - reference.min()),
+    )
+
+
+def accuracy(session: Session, images: Images, *, batch: int = 500) -> float:
+    """The share of images that the shipped file classifies rightly."""
+    right = 0
+    for start in range(0, len(images), batch):
+        part = Images(images.x[start : start + batch], images.y[start : start + batch])
+        right += int((session.run(as_input(part.x)).argmax(1) == part.y).sum())
+    return right / len(images)

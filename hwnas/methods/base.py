@@ -1,0 +1,20 @@
+"""What a published system is here: which paths it trains, and how it searches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hwnas.costs.feasible import FeasibleSet
+from hwnas.recipes import Recipe
+from hwnas.search.base import Strategy
+from hwnas.spaces.base import SearchSpace
+from hwnas.supernet.trainer import Sampler
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named choice of the shared parts. `evidence` says what its claim was checked by."""
+
+    name: str
+    evidence: str
+    sampler: Callable[[SearchSpace], Sampler]
+    strategy: Callable[[FeasibleSet, int, Recipe], Strategy]

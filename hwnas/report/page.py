@@ -1,0 +1,105 @@
+"""The report of a search: one page with the result's table and one picture."""
+
+import html
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+
+from latency_tables.files import write_text
+
+Point = tuple[float, float, str]
+"""Latency in ms, accuracy, label."""
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; } td { padding: .2rem 1.5rem .2rem 0; vertical-align: top; }
+td + td { font-variant-numeric: tabular-nums; }
+"""
+
+
+def front(points: list[Point]) -> list[Point]:
+    """The points that no other beats in both latency and accuracy, fastest first.
+
+    >>> front([(2.0, 0.9, "b"), (1.0, 0.8, "a"), (3.0, 0.85, "c")])
+    [(1.0, 0.8, 'a'), (2.0, 0.9, 'b')]
+    """
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not best or point[1] > best[-1][1]:
+            best.append(point)
+    return best
+
+
+def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The result as (what, value) for a terminal or a page."""
+    limit = summary["limits"]["latency_ms"]
+    predicted, measured = summary["predicted"], summary["measured"]
+    shared = summary["search_val_shared_weights"]
+    name = summary["method"]["name"]
+    verdict = "stable" if measured["stable"] else "UNSTABLE"
+    return [
+        ("limit", f"{limit['value']:.4g} ms" + ("" if limit["binding"] else " (does not bind)")),
+        ("predicted", f"{predicted['latency_ms']:.4g} ms"),
+        ("bound", f"{predicted['upper_latency_ms']:.4g} ms at {predicted['coverage']:.0%}"),
+        (
+            "measured",
+            f"{measured['median_ms']:.4g} ms median, {measured['p95_ms']:.4g} ms p95, "
+            f"{measured['runs']} runs, {verdict}",
+        ),
+        ("accuracy on TEST", f"{summary['accuracy']['test']:.2%}"),
+        ("accuracy on SEARCH-VAL", f"{summary['accuracy']['search_val']:.2%}"),
+        (
+            "best with shared weights",
+            f"{_percent(shared[name])} {name}, {_percent(shared['random'])} random, "
+            f"{summary['evaluated']} architectures each",
+        ),
+        ("model", summary["model"]),
+        ("certificate", summary["certificate"]),
+        ("report", summary["report"]),
+    ]
+
+
+def write_report(
+    path: Path, summary: dict[str, Any], found: list[Point], baseline: list[Point]
+) -> None:
+    """Write the page: the table of `rows`, and accuracy against predicted latency."""
+    figure = go.Figure()
+    name = summary["method"]["name"]
+    for label, points, colour in (("random", baseline, "#b0b0b0"), (name, found, "#1f77b4")):
+        figure.add_scatter(
+            x=[p[0] for p in points],
+            y=[p[1] for p in points],
+            text=[p[2] for p in points],
+            mode="markers",
+            name=label,
+            marker={"color": colour, "size": 7},
+        )
+    best = front(found + baseline)
+    figure.add_scatter(
+        x=[p[0] for p in best], y=[p[1] for p in best], mode="lines", name="front",
+        line={"shape": "hv", "color": "#d62728"},
+    )  # fmt: skip
+    limit = summary["limits"]["latency_ms"]["value"]
+    figure.add_vline(x=limit, line_dash="dash", annotation_text=f"limit {limit:.4g} ms")
+    figure.update_layout(
+        template="plotly_white",
+        xaxis_title="predicted latency, ms",
+        yaxis_title="SEARCH-VAL accuracy, shared weights",
+        height=520,
+    )
+    table = "".join(
+        f"<tr><td>{html.escape(what)}</td><td>{html.escape(value)}</td></tr>"
+        for what, value in rows(summary)
+    )
+    picture = figure.to_html(full_html=False, include_plotlyjs=True)
+    write_text(
+        path,
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>hwnas</title>"
+        f"<style>{_STYLE}</style></head><body><h1>{html.escape(summary['run'])}</h1>"
+        f"<table>{table}</table>{picture}</body></html>\n",
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2%}"

@@ -1,0 +1,91 @@
+"""Shared weights that are sliced to what an architecture asks for."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from latency_tables.ops import NORM_EPSILON, Layer
+from quant.fakequant import fake_quantise_activation, fake_quantise_weight, first_limit
+from quant.precision import Grid, Precision
+
+Statistics = tuple[Tensor, Tensor]
+"""The mean and variance of one batch norm's channels."""
+
+
+class ElasticLayer(nn.Module):
+    """The weight of one (position, group, role), as wide as any architecture needs it.
+
+    A width c uses the first c output channels, and the first channels of each input.
+    """
+
+    def __init__(self, layer: Layer, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+        if layer.kind == "linear":
+            nn.init.normal_(self.weight, std=0.01)
+        else:
+            nn.init.kaiming_normal_(self.weight, mode="fan_out" if layer.groups == 1 else "fan_in")
+        self.gamma = nn.Parameter(torch.ones(shape[0])) if layer.norm else None
+        self.bias = nn.Parameter(torch.zeros(shape[0]))
+
+    def sliced_weight(self, layer: Layer, channels_in: int) -> Tensor:
+        """The weight that `layer` uses."""
+        out, width, *_ = layer.weight_shape(channels_in)
+        return self.weight[:out, :width].contiguous()
+
+    def forward(self, value: Tensor, layer: Layer, precision: Precision) -> Tensor:
+        """The convolution or linear layer itself, its norm left out."""
+        weight = self.sliced_weight(layer, value.shape[1])
+        if precision.is_integer:
+            weight = fake_quantise_weight(weight, precision.weight_bits)
+        bias = None if layer.norm else self.bias[: layer.channels]
+        if layer.kind == "linear":
+            return functional.linear(value, weight, bias)
+        return functional.conv2d(
+            value, weight, bias, layer.stride, layer.kernel // 2, groups=layer.groups
+        )
+
+    def normalise(
+        self, value: Tensor, layer: Layer, statistics: Statistics | None, momentum: float | None
+    ) -> Tensor:
+        """The batch norm after the convolution.
+
+        Without statistics those of the batch are used. With `momentum` they are used too, and
+        `statistics` moves towards them; with statistics alone, these are used.
+        """
+        assert self.gamma is not None
+        mean, variance = statistics or (None, None)
+        return functional.batch_norm(
+            value,
+            mean,
+            variance,
+            self.gamma[: layer.channels],
+            self.bias[: layer.channels],
+            training=statistics is None or momentum is not None,
+            momentum=momentum or 0.0,
+            eps=NORM_EPSILON,
+        )
+
+
+class ElasticRange(nn.Module):
+    """The learned range of one quantised value, set from the first batch it sees."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+        self.limit = nn.Parameter(torch.tensor(float("nan")))
+
+    @property
+    def is_set(self) -> bool:
+        """Whether a batch was seen."""
+        return not bool(torch.isnan(self.limit))
+
+    def initialise(self, value: Tensor) -> None:
+        """Set the range from a batch, once."""
+        if not self.is_set:
+            with torch.no_grad():
+                self.limit.copy_(first_limit(value, self.grid))
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The values, rounded to the grid."""
+        return fake_quantise_activation(value, self.limit, self.grid)

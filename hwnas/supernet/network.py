@@ -1,0 +1,187 @@
+"""The supernet: shared weights for every architecture of a space.
+
+It walks the ops of the architecture at hand, with weights kept under (position, group, role), sliced
+and rounded at the sampled precision. It knows no block: what it builds is read from the space's ops.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from hwnas.spaces.base import Architecture, PlacedOp, SearchSpace
+from hwnas.supernet.elastic import ElasticLayer, ElasticRange, Statistics
+from latency_tables.ops import Layer
+from profilers.modules import Network, run_op
+from quant.precision import ONNXRUNTIME, Runtime
+
+RESIDUAL_GAMMA = 0.3
+"""Where a norm's output is added to a shortcut, its factor starts below 1 (after Goyal et al. 2017,
+section 5.1, who start at 0): single paths then train about twice as fast on small images."""
+
+NormStatistics = dict[tuple[int, int], Statistics]
+"""Batch-norm statistics of one architecture, by (number of the op, index of the layer)."""
+
+
+class Supernet(nn.Module):
+    """Shared weights of `space`, with activations on the grid of `runtime`."""
+
+    def __init__(self, space: SearchSpace, runtime: Runtime = ONNXRUNTIME) -> None:
+        super().__init__()
+        self.space = space
+        self.runtime = runtime
+        shapes: dict[str, tuple[int, ...]] = {}
+        examples: dict[str, Layer] = {}
+        self.layers = nn.ModuleDict()
+        self.ranges = nn.ModuleDict()
+        summed: set[str] = set()
+        for placed in _placed_ops(space):
+            added = {i for layer in placed.op.layers if layer.kind == "add" for i in layer.inputs}
+            for index, layer in enumerate(placed.op.layers):
+                if layer.has_weights:
+                    source = placed.op.layer_inputs(index)[0]
+                    width = source.elements if layer.kind == "linear" else source.channels
+                    shape = layer.weight_shape(width)
+                    name = _layer_name(placed, layer)
+                    known = shapes.get(name, shape)
+                    shapes[name] = tuple(map(max, shape, known))
+                    examples[name] = layer
+                    if len(placed.op.inputs) + index in added:
+                        summed.add(name)
+            for index, quantiser in placed.op.quantisers.items():
+                grid = runtime.grid(quantiser.bits, signed=quantiser.signed)
+                name = _range_name(placed, index)
+                if name not in self.ranges:
+                    self.ranges[name] = ElasticRange(grid)
+        for name, shape in shapes.items():
+            self.layers[name] = ElasticLayer(examples[name], shape)
+            if name in summed:
+                nn.init.constant_(self.layers[name].gamma, RESIDUAL_GAMMA)
+
+    def forward(
+        self,
+        images: Tensor,
+        architecture: Architecture,
+        statistics: NormStatistics | None = None,
+    ) -> Tensor:
+        """Logits (batch, classes) of images (batch, channels, height, width).
+
+        Batch norms use the batch's statistics, or those that `recalibrate` returned.
+        """
+        return self._run(images, architecture, statistics, None)
+
+    def recalibrate(self, architecture: Architecture, batches: Iterable[Tensor]) -> NormStatistics:
+        """An architecture's own batch-norm statistics: the cumulative mean over the batches."""
+        statistics: NormStatistics = {}
+        for number, placed in enumerate(self.space.walk(architecture)):
+            for index, layer in enumerate(placed.op.layers):
+                if layer.norm:
+                    zeros = self.device_zeros(layer.channels)
+                    statistics[number, index] = (zeros, torch.ones_like(zeros))
+        with torch.no_grad():
+            for count, images in enumerate(batches, start=1):
+                self._run(images, architecture, statistics, 1 / count)
+        return statistics
+
+    def extract(self, architecture: Architecture, statistics: NormStatistics) -> Network:
+        """The architecture as a network with weights of its own, the same to the last bit."""
+        network = Network(self.space.lower(architecture), self.runtime)
+        with torch.no_grad():
+            for number, (placed, module) in enumerate(
+                zip(self.space.walk(architecture), network.modules_in_order, strict=True)
+            ):
+                for name, target in module.weighted.items():
+                    layer = placed.op.layers[int(name)]
+                    shared = self.layers[_layer_name(placed, layer)]
+                    source = placed.op.layer_inputs(int(name))[0]
+                    width = source.elements if layer.kind == "linear" else source.channels
+                    target.weight.copy_(shared.sliced_weight(layer, width))
+                    if not layer.norm:
+                        target.bias.copy_(shared.bias[: layer.channels])
+                        continue
+                    norm = module.norms[name]
+                    norm.weight.copy_(shared.gamma[: layer.channels])
+                    norm.bias.copy_(shared.bias[: layer.channels])
+                    mean, variance = statistics[number, int(name)]
+                    norm.running_mean.copy_(mean)
+                    norm.running_var.copy_(variance)
+                for name, quantiser in module.quantisers.items():
+                    shared_range = self.ranges[_range_name(placed, int(name))]
+                    quantiser.limit = float(shared_range.limit.detach())
+        return network.eval()
+
+    def initialise_ranges(self, images: Tensor) -> None:
+        """Set every activation range from a batch, by running paths until all were seen."""
+        for depth, level in enumerate(self.space.lattice.levels):
+            for edge, step in enumerate(level.steps):
+                if step.op is None:
+                    continue
+                placed = PlacedOp(self.space.positions[depth].name, step.group, step.op)
+                names = [_range_name(placed, index) for index in step.op.quantisers]
+                if any(not self.ranges[name].is_set for name in names):
+                    with torch.no_grad():
+                        path = self.space.through(depth, edge)
+                        self._run(images, path, None, None, initialise=True)
+
+    def device_zeros(self, count: int) -> Tensor:
+        """Zeros where the weights are."""
+        return torch.zeros(count, device=next(self.parameters()).device)
+
+    def _run(
+        self,
+        images: Tensor,
+        architecture: Architecture,
+        statistics: NormStatistics | None,
+        momentum: float | None,
+        *,
+        initialise: bool = False,
+    ) -> Tensor:
+        value = images
+        for number, placed in enumerate(self.space.walk(architecture)):
+            value = self._run_op(number, placed, value, statistics, momentum, initialise)
+        return value
+
+    def _run_op(
+        self,
+        number: int,
+        placed: PlacedOp,
+        value: Tensor,
+        statistics: NormStatistics | None,
+        momentum: float | None,
+        initialise: bool,
+    ) -> Tensor:
+        def weighted(index: int, layer: Layer, source: Tensor) -> Tensor:
+            shared = self.layers[_layer_name(placed, layer)]
+            result: Tensor = shared(source, layer, placed.op.precision)
+            if not layer.norm:
+                return result
+            known = statistics[number, index] if statistics is not None else None
+            normalised: Tensor = shared.normalise(result, layer, known, momentum)
+            return normalised
+
+        def quantise(index: int, source: Tensor) -> Tensor:
+            shared = self.ranges[_range_name(placed, index)]
+            if initialise:
+                shared.initialise(source)
+            result: Tensor = shared(source)
+            return result
+
+        return run_op(placed.op, [value], weighted, quantise)
+
+
+def _placed_ops(space: SearchSpace) -> Iterator[PlacedOp]:
+    """Every op that can stand at every position."""
+    for position, level in zip(space.positions, space.lattice.levels, strict=True):
+        for step in level.steps:
+            if step.op is not None:
+                yield PlacedOp(position.name, step.group, step.op)
+
+
+def _layer_name(placed: PlacedOp, layer: Layer) -> str:
+    return f"{placed.position}/{placed.group}/{layer.role}"
+
+
+def _range_name(placed: PlacedOp, index: int) -> str:
+    quantiser = placed.op.quantisers[index]
+    sign = "signed" if quantiser.signed else "unsigned"
+    return f"{placed.position}/{placed.group}/value{index}/{quantiser.bits} bits {sign}"

@@ -1,0 +1,105 @@
+"""The training loop of a supernet: one sampled path a step."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from hwnas.batches import step_batch
+from hwnas.data import Splits
+from hwnas.recipes import TrainingRecipe
+from hwnas.spaces.base import Architecture
+from hwnas.supernet.network import Supernet
+from latency_tables.files import write_atomically
+from quant.errors import InvalidInput
+
+
+class Sampler(Protocol):
+    """Chooses the path of a training step."""
+
+    def sample(self, rng: np.random.Generator, progress: float) -> Architecture:
+        """One architecture; `progress` is the share of training that is done."""
+        ...
+
+
+def train_supernet(
+    supernet: Supernet,
+    splits: Splits,
+    sampler: Sampler,
+    recipe: TrainingRecipe,
+    *,
+    seed: int,
+    checkpoint: Path,
+    progress: Callable[[str, int, int], None],
+    checkpoint_every: int = 100,
+) -> None:
+    """Train shared weights on TRAIN, one path a step; goes on from `checkpoint` if it is there.
+
+    A step trains what its path uses and leaves every other weight as it is: gradients that are not
+    there (rather than zero) keep momentum and weight decay away from unsampled weights.
+    """
+    optimiser = recipe.optimiser(supernet)
+    start = _restore(supernet, optimiser, checkpoint)
+    if start == 0:
+        batch, _ = step_batch(splits.train, recipe.batch, seed=seed, step=0)
+        supernet.initialise_ranges(batch)
+    supernet.train()
+    for step in range(start, recipe.steps):
+        images, classes = step_batch(splits.train, recipe.batch, seed=seed, step=step)
+        architecture = sampler.sample(np.random.default_rng([seed, 3, step]), step / recipe.steps)
+        recipe.set_rate(optimiser, step)
+        optimiser.zero_grad(set_to_none=True)
+        recipe.loss(supernet(images, architecture), classes).backward()
+        torch.nn.utils.clip_grad_norm_(supernet.parameters(), recipe.clip_norm)
+        optimiser.step()
+        done = step + 1
+        if done == recipe.steps or done % checkpoint_every == 0:
+            _save(supernet, optimiser, checkpoint, done)
+        progress("training the supernet", done, recipe.steps)
+    supernet.eval()
+
+
+def load_supernet(supernet: Supernet, checkpoint: Path) -> int:
+    """Read trained weights; the answer is how many steps they were trained for (0: none)."""
+    steps = _restore(supernet, None, checkpoint)
+    supernet.eval()
+    return steps
+
+
+def _save(
+    supernet: Supernet, optimiser: torch.optim.Optimizer, checkpoint: Path, step: int
+) -> None:
+    state = {
+        "space": supernet.space.fingerprint,
+        "step": step,
+        "weights": supernet.state_dict(),
+        "optimiser": optimiser.state_dict(),
+    }
+    write_atomically(checkpoint, lambda temporary: torch.save(state, temporary))
+
+
+def _restore(
+    supernet: Supernet, optimiser: torch.optim.Optimizer | None, checkpoint: Path
+) -> int:
+    if not checkpoint.exists():
+        return 0
+    try:
+        state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
+        space, step = state["space"], int(state["step"])
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise InvalidInput(
+            f"{checkpoint} is not a whole checkpoint ({type(error).__name__}).",
+            next_step="remove it; training then starts again",
+        ) from error
+    if space != supernet.space.fingerprint:
+        raise InvalidInput(
+            f"{checkpoint} holds the weights of another space.",
+            accepted=f"a checkpoint of {supernet.space.name} ({supernet.space.fingerprint})",
+            next_step="name the run that it belongs to, or another --run",
+        )
+    supernet.load_state_dict(state["weights"])
+    if optimiser is not None:
+        optimiser.load_state_dict(state["optimiser"])
+    return step
