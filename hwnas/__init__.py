@@ -28,7 +28,7 @@ _PUBLIC = {
     "search_to_certificate": "hwnas.run",
 }
 
-__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
+__all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hwnas.data import Images, as_input
+from hwnas.data import Bytes, Images, as_input
 
 
 def in_order(images: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -27,18 +27,18 @@ def step_batch(images: Images, size: int, *, seed: int, step: int) -> tuple[Tens
     epoch, place = divmod(step, per_epoch)
     order = np.random.default_rng([seed, 1, epoch]).permutation(len(images))
     chosen = order[place * size : (place + 1) * size]
-    x = torch.from_numpy(as_input(shifted(images.x[chosen], np.random.default_rng([seed, 2, step]))))
+    x = torch.from_numpy(
+        as_input(shifted(images.x[chosen], np.random.default_rng([seed, 2, step])))
+    )
     return x, torch.from_numpy(images.y[chosen])
 
 
-def shifted(
-    x: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], rng: np.random.Generator, most: int = 2
-) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def shifted(x: Bytes, rng: np.random.Generator, most: int = 2) -> Bytes:
     """Images (n, height, width, channels) moved by up to `most` pixels each way, edges repeated."""
     n, height, width, _ = x.shape
     padded = np.pad(x, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
     down, right = rng.integers(0, 2 * most + 1, (2, n))
     rows = down[:, None] + np.arange(height)
     columns = right[:, None] + np.arange(width)
-    moved = padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    moved: Bytes = padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
     return moved

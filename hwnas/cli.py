@@ -41,7 +41,8 @@ Recipe = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="The seed of everything random. [default: 0]")]
 Tables = Annotated[
-    Path | None, typer.Option(help="Folder of latency tables. [default: $HWNAS_HOME/tables, else ./tables]")
+    Path | None,
+    typer.Option(help="Folder of latency tables. [default: $HWNAS_HOME/tables, else ./tables]"),
 ]
 RunPath = Annotated[
     Path | None, typer.Option("--run", help="A run directory. [default: the newest that matches]")
@@ -223,15 +224,23 @@ def verify(run: RunPath = None, tables: Tables = None, as_json: AsJson = False) 
             content = stages.verify(job, where, limits)
         measured, limit = content["measured"], content["limits"]["latency_ms"]
         holds = measured["median_ms"] <= limit and measured["stable"]
-        facts = {"status": "ok" if holds else "failed", "exit_code": 0 if holds else 4}
-        done(
-            {**facts, "run": str(where.path), "limits": content["limits"], "measured": measured,
-             "accuracy": content["accuracy"], "certificate": str(result / "certificate.json")},
-            [("limit", f"{limit:.4g} ms"),
-             ("measured", f"{measured['median_ms']:.4g} ms median, {measured['p95_ms']:.4g} ms p95"),
-             ("verdict", "under the limit" if holds else "NOT under the limit, or unstable"),
-             ("accuracy on TEST", f"{content['accuracy']['test']:.2%}")],
-        )  # fmt: skip
+        median, p95 = measured["median_ms"], measured["p95_ms"]
+        facts = {
+            "status": "ok" if holds else "failed",
+            "exit_code": 0 if holds else 4,
+            "run": str(where.path),
+            "limits": content["limits"],
+            "measured": measured,
+            "accuracy": content["accuracy"],
+            "certificate": str(result / "certificate.json"),
+        }
+        rows = [
+            ("limit", f"{limit:.4g} ms"),
+            ("measured", f"{median:.4g} ms median, {p95:.4g} ms p95"),
+            ("verdict", "under the limit" if holds else "NOT under the limit, or unstable"),
+            ("accuracy on TEST", f"{content['accuracy']['test']:.2%}"),
+        ]
+        done(facts, rows)
 
 
 def main() -> None:
@@ -265,9 +274,9 @@ def _job(flags: dict[str, Any]) -> Iterator["Job"]:
     if path is not None and (path / "config.yaml").exists():
         config = stages.store.read_run(path).config
         for name, value in given.items():
-            if value != getattr(config, name):
+            if value != (known := getattr(config, name)):
                 raise InvalidInput(
-                    f"--{name} {value} contradicts {path}, whose {name} is {getattr(config, name)}.",
+                    f"--{name} {value} contradicts {path}, whose {name} is {known}.",
                     next_step=f"drop --{name}, or name another --run",
                 )
         given = {name: getattr(config, name) for name in _REQUEST}

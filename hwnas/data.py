@@ -1,7 +1,7 @@
 """Images and their three splits.
 
-TRAIN trains weights, SEARCH-VAL scores candidates, TEST is read after retraining only: `test` raises
-unless it is opened by `Splits.final`.
+TRAIN trains weights, SEARCH-VAL scores candidates, TEST is read after retraining only: `test`
+raises unless it is opened by `Splits.final`.
 """
 
 import gzip
@@ -116,7 +116,8 @@ def fashion_mnist(folder: Path) -> Splits:
     x_test, y_test = _idx(folder, "t10k-images-idx3"), _idx(folder, "t10k-labels-idx1")
     margin = (SIZE - 28) // 2
     x_train, x_test = (
-        np.pad(x, ((0, 0), (margin, margin), (margin, margin)))[..., None] for x in (x_train, x_test)
+        np.pad(x, ((0, 0), (margin, margin), (margin, margin)))[..., None]
+        for x in (x_train, x_test)
     )
     order = np.random.default_rng(0).permutation(len(y_train))
     train, search_val = np.split(order, [50_000])

@@ -22,14 +22,15 @@ def retrain(
     progress: Callable[[str, int, int], None],
 ) -> None:
     """Train a network's own weights on TRAIN, then set its batch norms to the cumulative mean
-    over TRAIN; the network is left in inference mode."""
+    over TRAIN; the network is left in inference mode.
+    """
     optimiser = recipe.optimiser(network)
     network.train()
     for step in range(recipe.steps):
         images, classes = step_batch(splits.train, recipe.batch, seed=seed, step=step)
         recipe.set_rate(optimiser, step)
         optimiser.zero_grad(set_to_none=True)
-        recipe.loss(network(images), classes).backward()
+        torch.autograd.backward(recipe.loss(network(images), classes))
         torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
         optimiser.step()
         progress("retraining", step + 1, recipe.steps)

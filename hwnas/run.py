@@ -1,7 +1,7 @@
 """The stages over a run directory: profile, train, search, retrain, export, verify.
 
-Each stage does what is missing and returns; called again it goes on where it stopped. Feasibility is
-decided from the table, before any training.
+Each stage does what is missing and returns; called again it goes on where it stopped. Feasibility
+is decided from the table, before any training.
 """
 
 import json
@@ -29,7 +29,6 @@ from hwnas.export import certificate as certificates
 from hwnas.export.onnx_file import Agreement, accuracy, agreement, write_onnx
 from hwnas.methods.registry import method
 from hwnas.recipes import recipe
-from hwnas.report.page import rows as report_rows
 from hwnas.report.page import write_report
 from hwnas.retrain import accuracy as torch_accuracy
 from hwnas.retrain import load_weights, retrain, save_weights
@@ -187,7 +186,9 @@ def plan(job: Job) -> Plan:
     protocol = job.recipe.protocol
     table = open_table(job.profiler, job.table_path, protocol)
     missing = len(table.missing(job.space.lattice.ops))
-    networks = 0 if job.model_name in table.models and not missing else job.recipe.calibration.networks
+    networks = (
+        0 if job.model_name in table.models and not missing else job.recipe.calibration.networks
+    )
     return Plan(
         rows=len(job.space.lattice.ops),
         missing=missing,
@@ -201,9 +202,7 @@ def profile(job: Job) -> LatencyTable:
     protocol = job.recipe.protocol
     before = open_table(job.profiler, job.table_path, protocol)
     grown = bool(before.missing(job.space.lattice.ops))
-    table = build_rows(
-        job.profiler, job.space.lattice.ops, job.table_path, protocol, job.progress
-    )
+    table = build_rows(job.profiler, job.space.lattice.ops, job.table_path, protocol, job.progress)
     if grown or job.model_name not in table.models:
         table.models[job.model_name] = _calibrate(job, table)
         table.save(job.table_path)
@@ -364,7 +363,9 @@ def _run_strategy(
 def _bounds(feasible: FeasibleSet, architecture: Architecture) -> dict[str, float]:
     genes = genes_of([architecture])
     return {
-        limit.cost.name: limit.cost.upper(float(totals(feasible.space, limit.cost.per_op, genes)[0]))
+        limit.cost.name: limit.cost.upper(
+            float(totals(feasible.space, limit.cost.per_op, genes)[0])
+        )
         for limit in feasible.limits
     }
 
@@ -436,14 +437,16 @@ def retrain_finalists(job: Job, run: Run, result: Path) -> list[Network]:
                 job.splits,
                 job.recipe.retrain,
                 seed=job.request.seed,
-                progress=lambda label, done, count, n=number: job.progress(
-                    f"{label} finalist {n + 1} of {len(finalists)}", done, count
-                ),
+                progress=_labelled(job.progress, f"finalist {number + 1} of {len(finalists)}"),
             )
             save_weights(network, weights)
             run.log("retrain", finalist=number, search_val=torch_accuracy(network, job.splits))
         networks.append(network)
     return networks
+
+
+def _labelled(progress: Progress, what: str) -> Progress:
+    return lambda label, done, count: progress(f"{label} {what}", done, count)
 
 
 @dataclass(frozen=True)
@@ -481,7 +484,8 @@ def export(job: Job, run: Run, result: Path) -> list[Candidate]:
 
 def verify(job: Job, run: Run, limits: Sequence[Limit]) -> dict[str, Any]:
     """Measure every candidate in fresh processes, ship the most accurate one that is under every
-    limit, and write its certificate."""
+    limit, and write its certificate.
+    """
     result = run.result(limits_name(limits))
     candidates = export(job, run, result)
     measured = measure_models(
@@ -509,9 +513,9 @@ def verify(job: Job, run: Run, limits: Sequence[Limit]) -> dict[str, Any]:
     )
     architecture = job.space.describe(Architecture(finalist.genes))
     write_text(result / "architecture.json", json.dumps(architecture, indent=2) + "\n")
-    with job.profiler.prepare(onnx.load(result / "model.onnx")) as session:
-        with job.splits.final() as images:
-            test = accuracy(session, images)
+    model = onnx.load(result / "model.onnx")
+    with job.profiler.prepare(model) as session, job.splits.final() as images:
+        test = accuracy(session, images)
     content = _certificate(job, run, limits, finalist, shipped, measurement, test)
     certificates.write_certificate(result / "certificate.json", content)
     run.point_to(result)
@@ -536,7 +540,11 @@ def remeasure(job: Job, result: Path) -> dict[str, Any]:
     measured = measure_models(job.profiler, [file], job.recipe.protocol, job.progress)[0]
     with job.profiler.prepare(onnx.load(file)) as session, job.splits.final() as images:
         test = accuracy(session, images)
-    return {**content, "measured": _measured(measured), "accuracy": {**content["accuracy"], "test": test}}
+    return {
+        **content,
+        "measured": _measured(measured),
+        "accuracy": {**content["accuracy"], "test": test},
+    }
 
 
 def _measured(m: Measurement) -> dict[str, Any]:

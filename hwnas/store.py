@@ -1,12 +1,12 @@
 """A run: the directory that holds everything one search made, and the history in it.
 
-    config.yaml      what the run is of: its identity
-    table.parquet    the latency table that was used
-    supernet.pt      shared weights, with the optimiser, to go on from
-    search.sqlite    every proposal and every score, written at once
-    results/LIMITS/  one folder a set of limits: finalists, files, certificate.json
-    best             the newest result's folder
-    log.jsonl        what happened, a line each
+config.yaml      what the run is of: its identity
+table.parquet    the latency table that was used
+supernet.pt      shared weights, with the optimiser, to go on from
+search.sqlite    every proposal and every score, written at once
+results/LIMITS/  one folder a set of limits: finalists, files, certificate.json
+best             the newest result's folder
+log.jsonl        what happened, a line each
 """
 
 import fcntl
@@ -226,9 +226,7 @@ class History:
     ) -> None:
         """Write a generation's proposals and how many others were rejected unscored."""
         with self._transaction():
-            self._db.execute(
-                "INSERT INTO generations VALUES (?, ?, ?)", (search, number, rejected)
-            )
+            self._db.execute("INSERT INTO generations VALUES (?, ?, ?)", (search, number, rejected))
             self._db.executemany(
                 "INSERT INTO proposals VALUES (?, ?, ?, ?, ?, ?, ?)",
                 [

@@ -308,9 +308,7 @@ class OpBuilder:
         norm: bool = True,
     ) -> int:
         """A convolution, padded by kernel // 2, with batch norm or else a bias."""
-        return self._append(
-            Layer("conv", (value,), role, channels, kernel, stride, groups, norm)
-        )
+        return self._append(Layer("conv", (value,), role, channels, kernel, stride, groups, norm))
 
     def linear(self, value: int, channels: int, *, role: str) -> int:
         """A fully connected layer with a bias."""

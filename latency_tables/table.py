@@ -59,7 +59,8 @@ class Host:
 @dataclass(frozen=True)
 class Row:
     """One op's measurement. `spread` is the interquartile range of the block medians over their
-    median; `stable` tells whether it was small enough."""
+    median; `stable` tells whether it was small enough.
+    """
 
     key: str
     op: str
@@ -171,7 +172,10 @@ class LatencyTable:
 
 _ROW = fields(Row)
 _TYPES: dict[Any, pa.DataType] = {
-    str: pa.string(), float: pa.float64(), int: pa.int64(), bool: pa.bool_()
+    str: pa.string(),
+    float: pa.float64(),
+    int: pa.int64(),
+    bool: pa.bool_(),
 }
 _SCHEMA = pa.schema([(item.name, _TYPES[item.type]) for item in _ROW])
 

@@ -71,7 +71,9 @@ def build_rows(
                 profiler.check(model)
             files.append(Path(folder) / f"{number}.onnx")
             files[-1].write_bytes(model.SerializeToString())
-            progress("checking that every op runs in its declared kernels", number + 1, len(missing))
+            progress(
+                "checking that every op runs in its declared kernels", number + 1, len(missing)
+            )
         for turn in range(protocol.rounds):
             for number, op in enumerate(missing):
                 if len(journal.blocks.get(op.key, [])) <= turn:

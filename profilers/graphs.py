@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,8 +22,8 @@ from quant.errors import InvalidInput
 from quant.integer import FloatWeights, IntegerWeights, Weights, bias_codes
 from quant.precision import ONNXRUNTIME, Grid, Runtime
 
-# A float op whose quantised input has several readers (a residual block after an integer one) takes it
-# through a Max of one input, which changes nothing. Without it ONNX Runtime gives each reader a
+# A float op whose quantised input has several readers (a residual block after an integer one) takes
+# it through a Max of one input, which changes nothing. Without it ONNX Runtime gives each reader a
 # DequantizeLinear of its own, moves a Transpose past one of them, and puts two more conversions
 # around that Transpose (seen in 1.31.1).
 
@@ -76,7 +77,7 @@ def random_parameters(op: OpSpec, rng: np.random.Generator) -> OpParameters:
         else:
             weights[index] = FloatWeights(weight, bias)
     quantised = [i for i, tensor in enumerate(op.inputs) if tensor.format.is_quantised]
-    return OpParameters(weights, {index: 4.0 for index in (*op.quantisers, *quantised)})
+    return OpParameters(weights, dict.fromkeys((*op.quantisers, *quantised), 4.0))
 
 
 def emit(
@@ -176,7 +177,7 @@ class _Writer:
         self, name: str, tensor: Tensor, parameters: OpParameters, index: int
     ) -> str | _Codes:
         kind = TensorProto.UINT8 if tensor.format.is_quantised else TensorProto.FLOAT
-        shape = ["batch", tensor.channels, tensor.height, tensor.width]
+        shape: list[int | str | None] = ["batch", tensor.channels, tensor.height, tensor.width]
         self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
         if not tensor.format.is_quantised:
             return name
@@ -185,7 +186,8 @@ class _Writer:
 
     def graph_output(self, value: str | _Codes, tensor: Tensor) -> None:
         flat = self.nodes[-1].op_type == "Gemm"
-        shape = ["batch", tensor.channels, *([] if flat else [tensor.height, tensor.width])]
+        shape: list[int | str | None] = ["batch", tensor.channels]
+        shape += [] if flat else [tensor.height, tensor.width]
         kind = TensorProto.FLOAT if isinstance(value, str) else TensorProto.UINT8
         name = value if isinstance(value, str) else value.name
         for node in self.nodes:
@@ -268,9 +270,7 @@ class _Writer:
         kind, attributes = ONNX_ACTIVATIONS[function]
         return self.node(kind, label, [value], **attributes)
 
-    def weights(
-        self, label: str, weights: Weights, source: str | _Codes
-    ) -> tuple[str, str]:
+    def weights(self, label: str, weights: Weights, source: str | _Codes) -> tuple[str, str]:
         """The weight and bias inputs of a convolution or linear layer."""
         if isinstance(weights, FloatWeights):
             return (
@@ -335,10 +335,10 @@ class _Writer:
         label = f"{value.name}.float{len(self.nodes)}"
         return self.node("DequantizeLinear", label, [value.name, value.scale, value.zero_point])
 
-    def constant(self, name: str, value: np.ndarray | np.generic) -> str:  # type: ignore[type-arg]
+    def constant(self, name: str, value: np.ndarray | np.generic) -> str:
         self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
-    def node(self, kind: str, label: str, inputs: list[str], **attributes: object) -> str:
+    def node(self, kind: str, label: str, inputs: list[str], **attributes: Any) -> str:
         self.nodes.append(helper.make_node(kind, inputs, [label], f"{label}.{kind}", **attributes))
         return label

@@ -101,23 +101,57 @@ class OpModule(nn.Module):
     def parameters_for_graph(self) -> OpParameters:
         """The folded weights and activation ranges that the emitter writes."""
         weights: dict[int, integer.Weights] = {}
-        for name, module in self.weighted.items():
-            weight, bias = _numpy(module.weight), None
-            if module.bias is not None:
-                bias = _numpy(module.bias)
-            norm = _norm(self.norms[name]) if name in self.norms else None
+        for index, module in self.weighted_layers.items():
+            weight = _numpy(module.weight)
+            bias = None if module.bias is None else _numpy(module.bias)
+            norm = _folded_norm(self._norm(index)) if self.op.layers[index].norm else None
             if self.op.precision.is_integer:
                 bits = self.op.precision.weight_bits
-                weights[int(name)] = integer.fold_integer(weight, bits, bias, norm)
+                weights[index] = integer.fold_integer(weight, bits, bias, norm)
             else:
-                weights[int(name)] = integer.fold_float(weight, bias, norm)
-        limits = {int(name): quantiser.limit for name, quantiser in self.quantisers.items()}
+                weights[index] = integer.fold_float(weight, bias, norm)
+        limits = {index: q.limit for index, q in self.activation_quantisers.items()}
         return OpParameters(weights, limits)
 
+    @property
+    def weighted_layers(self) -> dict[int, nn.Conv2d | nn.Linear]:
+        """The convolutions and linear layers, by layer index."""
+        found = {}
+        for name, module in self.weighted.items():
+            assert isinstance(module, nn.Conv2d | nn.Linear)
+            found[int(name)] = module
+        return found
+
+    @property
+    def activation_quantisers(self) -> dict[int, layers.ActivationQuantiser]:
+        """The quantisers, by value index."""
+        found = {}
+        for name, module in self.quantisers.items():
+            assert isinstance(module, layers.ActivationQuantiser)
+            found[int(name)] = module
+        return found
+
+    def set_norm(
+        self, index: int, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor
+    ) -> None:
+        """Set all that the batch norm of layer `index` holds."""
+        norm = self._norm(index)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        with torch.no_grad():
+            norm.weight.copy_(gamma)
+            norm.bias.copy_(beta)
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+
     def _weighted(self, index: int, layer: Layer, value: Tensor) -> Tensor:
-        name = str(index)
-        result: Tensor = self.weighted[name](value)
-        return self.norms[name](result) if layer.norm else result
+        result: Tensor = self.weighted[str(index)](value)
+        return self._norm(index)(result) if layer.norm else result
+
+    def _norm(self, index: int) -> nn.BatchNorm2d:
+        module = self.norms[str(index)]
+        assert isinstance(module, nn.BatchNorm2d)
+        return module
 
     def _quantise(self, index: int, value: Tensor) -> Tensor:
         result: Tensor = self.quantisers[str(index)](value)
@@ -130,18 +164,21 @@ class Network(nn.Module):
     def __init__(self, ops: Sequence[OpSpec], runtime: Runtime = ONNXRUNTIME) -> None:
         super().__init__()
         self.ops = tuple(ops)
-        self.modules_in_order = nn.ModuleList(OpModule(op, runtime) for op in ops)
+        self.chain = nn.Sequential(*(OpModule(op, runtime) for op in ops))
+
+    @property
+    def op_modules(self) -> list[OpModule]:
+        """The ops' modules in order."""
+        return [module for module in self.chain if isinstance(module, OpModule)]
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits (batch, classes) of images (batch, channels, height, width)."""
-        value = images
-        for module in self.modules_in_order:
-            value = module(value)
-        return value
+        logits: Tensor = self.chain(images)
+        return logits
 
     def parameters_for_graph(self) -> list[OpParameters]:
         """What `profilers.graphs.emit` needs, op by op."""
-        return [module.parameters_for_graph() for module in self.modules_in_order]
+        return [module.parameters_for_graph() for module in self.op_modules]
 
 
 def _numpy(tensor: Tensor) -> integer.Floats:
@@ -149,6 +186,13 @@ def _numpy(tensor: Tensor) -> integer.Floats:
     return array
 
 
-def _norm(module: nn.Module) -> integer.Norm:
-    parts = (module.weight, module.bias, module.running_mean, module.running_var)
-    return integer.Norm(*map(_numpy, parts), epsilon=NORM_EPSILON)
+def _folded_norm(norm: nn.BatchNorm2d) -> integer.Norm:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return integer.Norm(
+        _numpy(norm.weight),
+        _numpy(norm.bias),
+        _numpy(norm.running_mean),
+        _numpy(norm.running_var),
+        NORM_EPSILON,
+    )

@@ -51,7 +51,7 @@ class OrtSession(Session):
 
     def _block(self, protocol: Protocol) -> Samples:
         rng = np.random.default_rng(0)
-        feed = {}
+        feed: dict[str, Array] = {}
         for item in self._session.get_inputs():
             shape = (self._batch, *item.shape[1:])
             if item.type == "tensor(uint8)":
@@ -106,9 +106,9 @@ def optimised_operators(model: onnx.ModelProto, threads: int = 1) -> Counter[str
         path = Path(folder) / "optimised.onnx"
         options = session_options(threads)
         options.optimized_model_filepath = str(path)
-        ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         nodes = onnx.load(path).graph.node
     constants = {name for node in nodes for name in node.output if not node.input}
-    return Counter(_SPELLINGS.get(n.op_type, n.op_type) for n in nodes if n.output[0] not in constants)
+    return Counter(
+        _SPELLINGS.get(n.op_type, n.op_type) for n in nodes if n.output[0] not in constants
+    )

@@ -24,7 +24,7 @@ def fake_quantise_weight(weight: Tensor, bits: int) -> Tensor:
     >>> fake_quantise_weight(torch.tensor([[1.0, 0.4, -0.2]]), 2)
     tensor([[1., 0., -0.]])
     """
-    quantised: Tensor = _WeightQuantiser.apply(weight, weight_top(bits))
+    quantised: Tensor = _WeightQuantiser.apply(weight, weight_top(bits))  # type: ignore[no-untyped-call]
     return quantised
 
 
@@ -39,7 +39,7 @@ def fake_quantise_activation(value: Tensor, limit: Tensor, grid: Grid) -> Tensor
     >>> fake_quantise_activation(torch.tensor([-1.0, 0.6, 9.0]), torch.tensor(3.0), unsigned)
     tensor([0., 1., 3.])
     """
-    quantised: Tensor = _ActivationQuantiser.apply(value, limit, grid)
+    quantised: Tensor = _ActivationQuantiser.apply(value, limit, grid)  # type: ignore[no-untyped-call]
     return quantised
 
 

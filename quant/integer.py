@@ -71,9 +71,10 @@ def fold_integer(
 ) -> IntegerWeights:
     """Quantise a weight per output channel, then fold a batch norm without changing a code.
 
-    Codes come from the weight as it was trained: code = round(w / s), s = max|w| / (2^(bits-1) - 1),
-    half to even. The norm multiplies the scale by |factor| and a negative factor flips the signs of
-    the codes, which the symmetric narrow range allows. A channel of zeros gets scale 1.
+    Codes come from the weight as it was trained: code = round(w / s), half to even, with
+    s = max|w| / (2^(bits-1) - 1). The norm multiplies the scale by |factor|, and a negative factor
+    flips the signs of the codes, which the symmetric narrow range allows. A channel of zeros gets
+    scale 1.
 
     >>> w = np.array([[[[-1.0]], [[0.5]]]], np.float32)
     >>> fold_integer(w, 8, None, None).codes.ravel().tolist()
@@ -94,8 +95,10 @@ def fold_integer(
     return IntegerWeights(codes, scale, norm.beta + shift * factor)
 
 
-def bias_codes(weights: IntegerWeights, input_scale: float) -> tuple[npt.NDArray[np.int32], IntegerWeights]:
-    """The bias on the accumulator's grid, input_scale * scale[out], and the weights that go with it.
+def bias_codes(
+    weights: IntegerWeights, input_scale: float
+) -> tuple[npt.NDArray[np.int32], IntegerWeights]:
+    """The bias on the accumulator's grid, input_scale * scale[out], and the weights to go with it.
 
     Where a channel's grid is so fine that its bias would not fit 32 bits, its weights are below
     anything that can show in the sum: its scale is widened until the bias fits, and its codes

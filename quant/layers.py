@@ -8,7 +8,9 @@ from torch import nn
 
 from quant.precision import Grid, Precision
 
-os.environ.setdefault("BREVITAS_JIT", "0")  # read at import; compiled scripts are not faster on CPUs
+os.environ.setdefault(
+    "BREVITAS_JIT", "0"
+)  # read at import; compiled scripts are not faster on CPUs
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -56,8 +56,8 @@ class FeasibleSet:
             found = self.ranges[limit.cost.name]
             if found.smallest > limit.value:
                 raise Unreachable(
-                    f"No architecture of {space.name} meets {limit.cost.name} <= {limit.value:.6g}: "
-                    f"the smallest reachable bound is {found.smallest:.6g}.",
+                    f"No architecture of {space.name} meets {limit.cost.name} <= "
+                    f"{limit.value:.6g}: the smallest reachable bound is {found.smallest:.6g}.",
                     smallest={name: r.smallest for name, r in self.ranges.items()},
                     largest={name: r.largest for name, r in self.ranges.items()},
                     next_step=f"ask for at least {found.smallest * 1.02:.4g}",

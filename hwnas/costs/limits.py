@@ -54,9 +54,7 @@ def latency_cost(space: SearchSpace, table: LatencyTable, model: LatencyModel) -
         )
     rows = [table.rows[op.key] for op in space.lattice.ops]
     per_op = np.array([model.op_cost_us(row.precision, row.median_us) for row in rows])
-    return AdditiveCost(
-        "latency_ms", per_op, model.predict_ms, model.upper_ms, model.budget_us
-    )
+    return AdditiveCost("latency_ms", per_op, model.predict_ms, model.upper_ms, model.budget_us)
 
 
 def counted_cost(space: SearchSpace, name: str) -> AdditiveCost:

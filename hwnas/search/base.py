@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from hwnas.costs.feasible import FeasibleSet
 from hwnas.spaces.base import Architecture
 
 Score = tuple[float, ...]
@@ -18,6 +19,7 @@ class Strategy(Protocol):
     the last `ask` dropped for being over a limit; it was never scored.
     """
 
+    feasible: FeasibleSet
     rejected: int
 
     def ask(self, count: int) -> list[Architecture]:

@@ -64,9 +64,7 @@ class Evolution:
             for share, child in zip(self.shares, (self._mutate, self._cross), strict=True):
                 self._breed(round(share * count), child, elites, proposals, rng)
         seen = set(self.scores) | set(proposals)
-        proposals |= dict.fromkeys(
-            fresh_samples(self.feasible, seen, count - len(proposals), rng)
-        )
+        proposals |= dict.fromkeys(fresh_samples(self.feasible, seen, count - len(proposals), rng))
         return list(proposals)
 
     def tell(self, architectures: Sequence[Architecture], scores: Sequence[Score]) -> None:
@@ -111,6 +109,4 @@ class Evolution:
 class _Breeder(Protocol):
     """The type of `_mutate` and `_cross`."""
 
-    def __call__(
-        self, elites: list[Architecture], rng: np.random.Generator
-    ) -> Architecture: ...
+    def __call__(self, elites: list[Architecture], rng: np.random.Generator) -> Architecture: ...

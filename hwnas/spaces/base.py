@@ -176,7 +176,8 @@ class SearchSpace:
         states: tuple[State, ...] = (State(self.input),)
         for position in self.positions:
             following: dict[State, int] = {}
-            steps, source, target, indices = [], [], [], []
+            steps: list[Step] = []
+            edges: list[tuple[int, int, int]] = []
             sizes = [len(gene.choices) for gene in position.genes]
             strides = np.cumprod([1, *sizes[::-1]], dtype=np.int64)[:-1][::-1]
             lookup = np.full((len(states), int(np.prod(sizes, dtype=np.int64))), -1, np.int64)
@@ -184,17 +185,13 @@ class SearchSpace:
                 for step in position.steps(state):
                     lookup[number, int(np.dot(step.genes, strides))] = len(steps)
                     steps.append(step)
-                    source.append(number)
-                    target.append(following.setdefault(step.state, len(following)))
-                    if step.op is None:
-                        indices.append(-1)
-                    else:
-                        if step.op.key not in ops:
-                            ops[step.op.key] = len(unique)
-                            unique.append(step.op)
-                        indices.append(ops[step.op.key])
-            arrays = [np.array(item, np.int64) for item in (source, target, indices)]
-            levels.append(Level(states, tuple(steps), *arrays, lookup, strides))
+                    if step.op is not None and step.op.key not in ops:
+                        ops[step.op.key] = len(unique)
+                        unique.append(step.op)
+                    target = following.setdefault(step.state, len(following))
+                    edges.append((number, target, ops[step.op.key] if step.op else -1))
+            source, targets, indices = np.array(edges, np.int64).T
+            levels.append(Level(states, tuple(steps), source, targets, indices, lookup, strides))
             states = tuple(following)
         return Lattice(tuple(levels), tuple(unique))
 
@@ -222,7 +219,7 @@ class SearchSpace:
         raise AssertionError("a space has at least one position")
 
     def edges(self, architecture: Architecture) -> list[int]:
-        """The edge taken at each level; raises InvalidInput unless the architecture is canonical."""
+        """The edge taken at each level; raises InvalidInput unless the genes are canonical."""
         if len(architecture.genes) != len(self.genes):
             raise InvalidInput(
                 f"The architecture has {len(architecture.genes)} genes; {self.name} has "
@@ -307,9 +304,7 @@ class SearchSpace:
         for gene in self.genes:
             value = description.get(gene.name)
             if value not in gene.choices:
-                raise InvalidInput(
-                    f"{gene.name} is {value!r}.", accepted=", ".join(gene.choices)
-                )
+                raise InvalidInput(f"{gene.name} is {value!r}.", accepted=", ".join(gene.choices))
             values.append(gene.choices.index(value))
         architecture = Architecture(tuple(values))
         self.edges(architecture)

@@ -44,9 +44,7 @@ def inverted_residual(
     value = 0
     if expansion > 1:
         value = op.activation(op.conv(value, hidden, role="expand"), activation)
-    value = op.conv(
-        value, hidden, kernel=kernel, stride=stride, groups=hidden, role="depthwise"
-    )
+    value = op.conv(value, hidden, kernel=kernel, stride=stride, groups=hidden, role="depthwise")
     value = op.activation(value, activation)
     if squeeze:
         value = squeeze_excite(op, value, hidden, hidden // squeeze)

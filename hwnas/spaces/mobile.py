@@ -60,16 +60,16 @@ def mobile(
             if first:
                 options["width"] = list(stage.widths)
             positions.append(
-                Position(f"block{number}", options, _block(stage, stage.stride if first else 1, blocks))
+                Position(
+                    f"block{number}", options, _block(stage, stage.stride if first else 1, blocks)
+                )
             )
             number += 1
     positions.append(_head(head_channels, classes, head_precisions or precisions))
     return SearchSpace(name, Tensor(image_channels, size, size), tuple(positions), classes)
 
 
-def mobile_tiny(
-    *, classes: int, image_channels: int = 1, size: int = 32
-) -> SearchSpace:
+def mobile_tiny(*, classes: int, image_channels: int = 1, size: int = 32) -> SearchSpace:
     """The preset for small images: six blocks, 16 to 96 channels."""
     return mobile(
         "mobile-tiny",

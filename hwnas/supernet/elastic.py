@@ -15,17 +15,19 @@ Statistics = tuple[Tensor, Tensor]
 class ElasticLayer(nn.Module):
     """The weight of one (position, group, role), as wide as any architecture needs it.
 
-    A width c uses the first c output channels, and the first channels of each input.
+    A width c uses the first c output channels, and the first channels of each input. `gamma` is
+    where the norm's factors start; `bias` is the norm's shift, or the layer's own bias.
     """
 
-    def __init__(self, layer: Layer, shape: tuple[int, ...]) -> None:
+    def __init__(self, layer: Layer, shape: tuple[int, ...], gamma: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape))
         if layer.kind == "linear":
             nn.init.normal_(self.weight, std=0.01)
         else:
             nn.init.kaiming_normal_(self.weight, mode="fan_out" if layer.groups == 1 else "fan_in")
-        self.gamma = nn.Parameter(torch.ones(shape[0])) if layer.norm else None
+        if layer.norm:
+            self.gamma = nn.Parameter(torch.full(shape[:1], gamma))
         self.bias = nn.Parameter(torch.zeros(shape[0]))
 
     def sliced_weight(self, layer: Layer, channels_in: int) -> Tensor:
@@ -53,7 +55,6 @@ class ElasticLayer(nn.Module):
         Without statistics those of the batch are used. With `momentum` they are used too, and
         `statistics` moves towards them; with statistics alone, these are used.
         """
-        assert self.gamma is not None
         mean, variance = statistics or (None, None)
         return functional.batch_norm(
             value,

@@ -1,7 +1,8 @@
 """The supernet: shared weights for every architecture of a space.
 
-It walks the ops of the architecture at hand, with weights kept under (position, group, role), sliced
-and rounded at the sampled precision. It knows no block: what it builds is read from the space's ops.
+It walks the ops of the architecture at hand, with weights kept under (position, group, role),
+sliced and rounded at the sampled precision. It knows no block: what it builds is read from the
+space's ops.
 """
 
 from collections.abc import Iterable, Iterator
@@ -54,9 +55,8 @@ class Supernet(nn.Module):
                 if name not in self.ranges:
                     self.ranges[name] = ElasticRange(grid)
         for name, shape in shapes.items():
-            self.layers[name] = ElasticLayer(examples[name], shape)
-            if name in summed:
-                nn.init.constant_(self.layers[name].gamma, RESIDUAL_GAMMA)
+            gamma = RESIDUAL_GAMMA if name in summed else 1.0
+            self.layers[name] = ElasticLayer(examples[name], shape, gamma)
 
     def forward(
         self,
@@ -88,26 +88,22 @@ class Supernet(nn.Module):
         network = Network(self.space.lower(architecture), self.runtime)
         with torch.no_grad():
             for number, (placed, module) in enumerate(
-                zip(self.space.walk(architecture), network.modules_in_order, strict=True)
+                zip(self.space.walk(architecture), network.op_modules, strict=True)
             ):
-                for name, target in module.weighted.items():
-                    layer = placed.op.layers[int(name)]
-                    shared = self.layers[_layer_name(placed, layer)]
-                    source = placed.op.layer_inputs(int(name))[0]
+                for index, target in module.weighted_layers.items():
+                    layer = placed.op.layers[index]
+                    shared = self._layer(placed, layer)
+                    source = placed.op.layer_inputs(index)[0]
                     width = source.elements if layer.kind == "linear" else source.channels
                     target.weight.copy_(shared.sliced_weight(layer, width))
-                    if not layer.norm:
-                        target.bias.copy_(shared.bias[: layer.channels])
-                        continue
-                    norm = module.norms[name]
-                    norm.weight.copy_(shared.gamma[: layer.channels])
-                    norm.bias.copy_(shared.bias[: layer.channels])
-                    mean, variance = statistics[number, int(name)]
-                    norm.running_mean.copy_(mean)
-                    norm.running_var.copy_(variance)
-                for name, quantiser in module.quantisers.items():
-                    shared_range = self.ranges[_range_name(placed, int(name))]
-                    quantiser.limit = float(shared_range.limit.detach())
+                    bias = shared.bias[: layer.channels]
+                    if layer.norm:
+                        gamma, known = shared.gamma[: layer.channels], statistics[number, index]
+                        module.set_norm(index, gamma, bias, *known)
+                    elif target.bias is not None:
+                        target.bias.copy_(bias)
+                for index, quantiser in module.activation_quantisers.items():
+                    quantiser.limit = float(self._range(placed, index).limit.detach())
         return network.eval()
 
     def initialise_ranges(self, images: Tensor) -> None:
@@ -117,8 +113,7 @@ class Supernet(nn.Module):
                 if step.op is None:
                     continue
                 placed = PlacedOp(self.space.positions[depth].name, step.group, step.op)
-                names = [_range_name(placed, index) for index in step.op.quantisers]
-                if any(not self.ranges[name].is_set for name in names):
+                if not all(self._range(placed, index).is_set for index in step.op.quantisers):
                     with torch.no_grad():
                         path = self.space.through(depth, edge)
                         self._run(images, path, None, None, initialise=True)
@@ -151,22 +146,31 @@ class Supernet(nn.Module):
         initialise: bool,
     ) -> Tensor:
         def weighted(index: int, layer: Layer, source: Tensor) -> Tensor:
-            shared = self.layers[_layer_name(placed, layer)]
+            shared = self._layer(placed, layer)
             result: Tensor = shared(source, layer, placed.op.precision)
             if not layer.norm:
                 return result
             known = statistics[number, index] if statistics is not None else None
-            normalised: Tensor = shared.normalise(result, layer, known, momentum)
-            return normalised
+            return shared.normalise(result, layer, known, momentum)
 
         def quantise(index: int, source: Tensor) -> Tensor:
-            shared = self.ranges[_range_name(placed, index)]
+            shared = self._range(placed, index)
             if initialise:
                 shared.initialise(source)
             result: Tensor = shared(source)
             return result
 
         return run_op(placed.op, [value], weighted, quantise)
+
+    def _layer(self, placed: PlacedOp, layer: Layer) -> ElasticLayer:
+        found = self.layers[_layer_name(placed, layer)]
+        assert isinstance(found, ElasticLayer)
+        return found
+
+    def _range(self, placed: PlacedOp, index: int) -> ElasticRange:
+        found = self.ranges[_range_name(placed, index)]
+        assert isinstance(found, ElasticRange)
+        return found
 
 
 def _placed_ops(space: SearchSpace) -> Iterator[PlacedOp]:

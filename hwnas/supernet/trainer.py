@@ -51,7 +51,7 @@ def train_supernet(
         architecture = sampler.sample(np.random.default_rng([seed, 3, step]), step / recipe.steps)
         recipe.set_rate(optimiser, step)
         optimiser.zero_grad(set_to_none=True)
-        recipe.loss(supernet(images, architecture), classes).backward()
+        torch.autograd.backward(recipe.loss(supernet(images, architecture), classes))
         torch.nn.utils.clip_grad_norm_(supernet.parameters(), recipe.clip_norm)
         optimiser.step()
         done = step + 1
@@ -80,9 +80,7 @@ def _save(
     write_atomically(checkpoint, lambda temporary: torch.save(state, temporary))
 
 
-def _restore(
-    supernet: Supernet, optimiser: torch.optim.Optimizer | None, checkpoint: Path
-) -> int:
+def _restore(supernet: Supernet, optimiser: torch.optim.Optimizer | None, checkpoint: Path) -> int:
     if not checkpoint.exists():
         return 0
     try:
