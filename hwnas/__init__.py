@@ -32,7 +32,9 @@ __all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name when it is first used."""
+    """Load a public name, or the stages in `hwnas.run`, when it is first used."""
+    if name == "run":
+        return importlib.import_module("hwnas.run")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'hwnas' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -5,18 +5,20 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.text import Text
 
+import hwnas
 from quant.errors import HwnasError, InvalidInput, Unreachable
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # loaded when a command uses it (see hwnas/__init__.py): help must be quick
+    import hwnas.run
     from hwnas.run import Job
     from hwnas.store import Run
 
@@ -77,7 +79,6 @@ def profile(
     Example: hwnas profile --device cpu --threads 1
     """
     with _outcome(as_json) as done, _job(locals()) as job:
-        stages = _stages()
         _announce_profile(job)
         table, found, quality = job.table, job.latency_range(), job.model.quality
         done(
@@ -85,7 +86,7 @@ def profile(
                 "table": str(job.table_path),
                 "rows": len(table.rows),
                 "unstable_rows": sum(not row.stable for row in table.rows.values()),
-                "quality": stages.asdict(quality),
+                "quality": asdict(quality),
                 "upper_ratio": job.model.upper_ratio,
                 "feasible_min": {"latency_ms": found.smallest},
                 "feasible_max": {"latency_ms": found.largest},
@@ -122,9 +123,9 @@ def train(
     Example: hwnas train --data digits
     """
     with _outcome(as_json) as done, _job(locals()) as job:
-        where = _stages().open_run(job)
+        where = hwnas.run.open_run(job)
         with where.locked():
-            _stages().train(job, where)
+            hwnas.run.train(job, where)
         facts = {"run": str(where.path), "steps": job.recipe.supernet.steps}
         done(facts, [("run", str(where.path)), ("steps", str(job.recipe.supernet.steps))])
 
@@ -152,7 +153,6 @@ def search(
     Example: hwnas search --latency-ms 0.25
     """
     with _outcome(as_json) as done, _job(locals()) as job:
-        stages = _stages()
         if (latency_ms is None) == (limit_fraction is None):
             raise InvalidInput(
                 "A search needs one limit.",
@@ -165,11 +165,11 @@ def search(
             latency_ms = found.smallest + (limit_fraction or 0.0) * (found.largest - found.smallest)
         limit = job.latency_limit(latency_ms)
         _announce_limit(latency_ms, found.smallest, found.largest)
-        stages.FeasibleSet(job.space, [limit])
-        where = stages.open_run(job)
+        hwnas.run.FeasibleSet(job.space, [limit])
+        where = hwnas.run.open_run(job)
         with where.locked():
-            summary = stages.search_to_certificate(job, where, [limit])
-        done(summary, stages.report_rows(summary))
+            summary = hwnas.run.search_to_certificate(job, where, [limit])
+        done(summary, hwnas.run.result_rows(summary))
 
 
 @app.command()
@@ -179,8 +179,8 @@ def retrain(run: RunPath = None, tables: Tables = None, as_json: AsJson = False)
     Example: hwnas retrain --run runs/mobile-tiny-digits-cpu-1
     """
     with _outcome(as_json) as done, _result(run, tables) as (job, where, result):
-        networks = _stages().retrain_finalists(job, where, result)
-        found = [_stages().torch_accuracy(network, job.splits) for network in networks]
+        networks = hwnas.run.retrain_finalists(job, where, result)
+        found = [hwnas.run.torch_accuracy(network, job.splits) for network in networks]
         rows = [(f"finalist {n}", f"{a:.2%} on SEARCH-VAL") for n, a in enumerate(found)]
         done({"run": str(where.path), "search_val": found}, rows)
 
@@ -200,7 +200,7 @@ def export(
         if format_ != "onnx":
             raise InvalidInput(f"--format is {format_!r}.", accepted="onnx")
         with _result(run, tables) as (job, where, result):
-            found = _stages().export(job, where, result)
+            found = hwnas.run.export(job, where, result)
             rows = [
                 (str(c.path), f"{c.search_val:.2%} on SEARCH-VAL, answers as PyTorch on "
                               f"{c.agreement.same_class:.2%} of the images")
@@ -216,12 +216,11 @@ def verify(run: RunPath = None, tables: Tables = None, as_json: AsJson = False) 
     Example: hwnas verify --run runs/mobile-tiny-digits-cpu-1
     """
     with _outcome(as_json) as done, _result(run, tables) as (job, where, result):
-        stages = _stages()
-        limits = stages.read_limits(job, result)
+        limits = hwnas.run.read_limits(job, result)
         if (result / "certificate.json").exists():
-            content = stages.remeasure(job, result)
+            content = hwnas.run.remeasure(job, result)
         else:
-            content = stages.verify(job, where, limits)
+            content = hwnas.run.verify(job, where, limits)
         measured, limit = content["measured"], content["limits"]["latency_ms"]
         holds = measured["median_ms"] <= limit and measured["stable"]
         median, p95 = measured["median_ms"], measured["p95_ms"]
@@ -251,13 +250,6 @@ def main() -> None:
 # ---- what the commands share
 
 
-def _stages() -> ModuleType:
-    """The stages, loaded when a command needs them: help must not load torch."""
-    from hwnas import run
-
-    return run
-
-
 _REQUEST = ("space", "data", "device", "threads", "batch", "method", "recipe", "seed")
 
 
@@ -268,11 +260,10 @@ def _job(flags: dict[str, Any]) -> Iterator["Job"]:
     With --run, flags that were not given are the run's own; raises InvalidInput where one that was
     given contradicts it.
     """
-    stages = _stages()
     given = {name: flags[name] for name in _REQUEST if flags.get(name) is not None}
     path: Path | None = flags.get("run")
     if path is not None and (path / "config.yaml").exists():
-        config = stages.store.read_run(path).config
+        config = hwnas.run.read_run(path).config
         for name, value in given.items():
             if value != (known := getattr(config, name)):
                 raise InvalidInput(
@@ -280,23 +271,22 @@ def _job(flags: dict[str, Any]) -> Iterator["Job"]:
                     next_step=f"drop --{name}, or name another --run",
                 )
         given = {name: getattr(config, name) for name in _REQUEST}
-    request = stages.Request(**given, tables=_tables(flags.get("tables")), run=path)
+    request = hwnas.run.Request(**given, tables=_tables(flags.get("tables")), run=path)
     with _progress() as progress:
-        yield stages.Job(request, progress)
+        yield hwnas.run.Job(request, progress)
 
 
 @contextmanager
 def _result(run: Path | None, tables: Path | None) -> Iterator[tuple["Job", "Run", Path]]:
     """The job, run and newest result that the later stages work on, with the run held."""
-    stages = _stages()
     if run is None:
         configs = sorted(Path("runs").glob("*/config.yaml"), key=lambda p: p.stat().st_mtime)
         if not configs:
             raise InvalidInput("There is no run under ./runs.", next_step="run hwnas search")
         run = configs[-1].parent
-    where = stages.store.read_run(run)
+    where = hwnas.run.read_run(run)
     with _progress() as progress, where.locked():
-        job = stages.Job(stages.request_of(where, _tables(tables)), progress)
+        job = hwnas.run.Job(hwnas.run.request_of(where, _tables(tables)), progress)
         yield job, where, where.best()
 
 
@@ -348,10 +338,10 @@ def _print_json(content: dict[str, Any]) -> None:
 
 
 def _print_rows(rows: list[tuple[str, str]]) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False)
+    width = max(len(what) for what, _ in rows)
+    screen = Console(highlight=False, markup=False, soft_wrap=True)
     for what, value in rows:
-        table.add_row(f"[bold]{what}[/]", value)
-    Console(highlight=False, soft_wrap=True).print(table)
+        screen.print(Text(what.ljust(width + 2), style="bold"), value, sep="")
 
 
 @contextmanager
@@ -371,7 +361,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _announce_profile(job: "Job") -> None:
-    plan = _stages().plan(job)
+    plan = hwnas.run.plan(job)
     if plan.missing or plan.networks:
         _screen.print(
             f"Profiling {plan.missing} of {plan.rows} ops and {plan.networks} whole networks on "

@@ -29,14 +29,14 @@ from hwnas.export import certificate as certificates
 from hwnas.export.onnx_file import Agreement, accuracy, agreement, write_onnx
 from hwnas.methods.registry import method
 from hwnas.recipes import recipe
-from hwnas.report.page import write_report
+from hwnas.report import page
 from hwnas.retrain import accuracy as torch_accuracy
 from hwnas.retrain import load_weights, retrain, save_weights
 from hwnas.search.base import Strategy
 from hwnas.search.random import RandomSearch
 from hwnas.spaces.base import Architecture, SearchSpace
 from hwnas.spaces.registry import load_space
-from hwnas.store import History, Proposal, Run, RunConfig
+from hwnas.store import History, Proposal, Run, RunConfig, read_run
 from hwnas.supernet.evaluator import Evaluator
 from hwnas.supernet.network import Supernet
 from hwnas.supernet.trainer import load_supernet, train_supernet
@@ -51,6 +51,12 @@ from profilers.graphs import emit, random_parameters
 from profilers.measure import Measurement
 from profilers.modules import Network
 from quant.errors import HwnasError, InvalidInput, Unstable
+
+__all__ = [
+    "FeasibleSet", "Job", "Request", "export", "open_run", "plan", "profile", "read_limits",
+    "read_run", "remeasure", "request_of", "result_rows", "retrain_finalists", "search",
+    "search_to_certificate", "torch_accuracy", "train", "verify",
+]  # fmt: skip
 
 CALIBRATION_SEED = 1
 BASELINE = "random"
@@ -633,8 +639,13 @@ def search_to_certificate(job: Job, run: Run, limits: Sequence[Limit]) -> dict[s
         "certificate": str(file),
         "report": str(run.report),
     }
-    write_report(run.report, summary, *_points(job, run, feasible))
+    page.write_report(run.report, summary, *_points(job, run, feasible))
     return summary
+
+
+def result_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """A search's summary as (what, value) lines for people."""
+    return page.rows(summary)
 
 
 def feasible_range(feasible: FeasibleSet) -> dict[str, dict[str, float]]:

@@ -12,6 +12,7 @@ log.jsonl        what happened, a line each
 import fcntl
 import json
 import os
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -143,7 +144,8 @@ def open_run(config: RunConfig, path: Path | None, root: Path = Path("runs")) ->
         run = read_run(candidate.parent)
         if run.config == config:
             return run
-    name = f"{config.space}-{config.data.partition(':')[0]}-{config.device}"
+    space = re.sub(r"[^A-Za-z0-9.]+", "-", Path(config.space).name)
+    name = f"{space}-{config.data.partition(':')[0]}-{config.device}"
     number = sum(p.parent.name.startswith(name) for p in found) + 1
     while (root / f"{name}-{number}").exists():
         number += 1

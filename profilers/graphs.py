@@ -22,10 +22,12 @@ from quant.errors import InvalidInput
 from quant.integer import FloatWeights, IntegerWeights, Weights, bias_codes
 from quant.precision import ONNXRUNTIME, Grid, Runtime
 
-# A float op whose quantised input has several readers (a residual block after an integer one) takes
-# it through a Max of one input, which changes nothing. Without it ONNX Runtime gives each reader a
-# DequantizeLinear of its own, moves a Transpose past one of them, and puts two more conversions
-# around that Transpose (seen in 1.31.1).
+# Two habits of ONNX Runtime (seen in 1.31.1) would change what runs of a float op between integer
+# ones. Where its quantised input has several readers (a residual block), each gets a DequantizeLinear of
+# its own, a Transpose moves past one of them, and two more conversions appear around it. Where its
+# only convolution stands between the input's DequantizeLinear and the next op's QuantizeLinear, its
+# weights are quantised without a word. A Max of one input after the conversion, which changes no
+# value, keeps both away.
 
 OPSET = 21
 IR_VERSION = 10
@@ -153,6 +155,14 @@ def expected_operators(ops: Sequence[OpSpec]) -> Counter[str]:
     return +count
 
 
+def _needs_shield(op: OpSpec, index: int) -> bool:
+    """Whether a float op's quantised input must be kept apart from its readers (see above)."""
+    readers = [n for n, layer in enumerate(op.layers) if index in layer.inputs]
+    tail = [layer.kind for layer in op.layers[readers[0] + 1 :]]
+    only_convolution = op.layers[readers[0]].has_weights and tail in ([], ["activation"])
+    return len(readers) > 1 or only_convolution
+
+
 @dataclass(frozen=True)
 class _Codes:
     """A quantised value in the graph: the tensor of codes, with what turns codes into values."""
@@ -205,8 +215,8 @@ class _Writer:
                 value = self.quantise(label, self.as_float(value), op, parameters, index)
             elif not op.precision.is_integer and isinstance(value, _Codes):
                 value = self.as_float(value)
-                if sum(layer.inputs.count(index) for layer in op.layers) > 1:
-                    value = self.node("Max", label, [value])  # see the note below the imports
+                if _needs_shield(op, index):
+                    value = self.node("Max", label, [value])
             values.append(value)
         for index, layer in enumerate(op.layers):
             position = len(op.inputs) + index
