@@ -349,7 +349,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     )  # fmt: skip
-    with Progress(*columns, console=_screen, transient=not _screen.is_terminal) as bars:
+    with Progress(*columns, console=_screen, disable=not _screen.is_terminal) as bars:
         tasks: dict[str, Any] = {}
 
         def tell(label: str, done: int, total: int) -> None:

@@ -71,6 +71,7 @@ class Recipe:
     recalibration_images: int
     validation_images: int
     finalists: int
+    processes: int = 5
     calibration: CalibrationRecipe = field(default_factory=CalibrationRecipe)
     protocol: Protocol = field(default_factory=Protocol)
 
@@ -95,6 +96,7 @@ RECIPES = {
         recalibration_images=64,
         validation_images=100,
         finalists=2,
+        processes=2,
         calibration=CalibrationRecipe(fit=12, bound=19, test=8),
     ),
 }

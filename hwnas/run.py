@@ -137,7 +137,8 @@ class Job:
     @property
     def model_name(self) -> str:
         """Under which the table keeps this space's latency model."""
-        return f"{self.space.name} {self.space.fingerprint}"
+        networks = self.recipe.calibration.networks
+        return f"{self.space.name} {self.space.fingerprint} from {networks} networks"
 
     @cached_property
     def table(self) -> LatencyTable:
@@ -234,7 +235,7 @@ def _calibrate(job: Job, table: LatencyTable) -> LatencyModel:
             job.profiler.check(model)
             paths.append(Path(folder) / f"{number}.onnx")
             paths[-1].write_bytes(model.SerializeToString())
-        measured = measure_models(job.profiler, paths, job.recipe.protocol, job.progress)
+        measured = _measure(job, paths)
     networks = [
         MeasuredNetwork(
             tuple((row.precision, row.median_us) for row in map(table.lookup, ops)), m.median_us
@@ -494,9 +495,7 @@ def verify(job: Job, run: Run, limits: Sequence[Limit]) -> dict[str, Any]:
     """
     result = run.result(limits_name(limits))
     candidates = export(job, run, result)
-    measured = measure_models(
-        job.profiler, [c.path for c in candidates], job.recipe.protocol, job.progress
-    )
+    measured = _measure(job, [candidate.path for candidate in candidates])
     latency = next(limit for limit in limits if limit.cost.name == "latency_ms")
     under = [
         (candidate, m)
@@ -543,7 +542,7 @@ def remeasure(job: Job, result: Path) -> dict[str, Any]:
             f"The certificate was made on another host ({difference}).",
             next_step="profile and search on this one",
         )
-    measured = measure_models(job.profiler, [file], job.recipe.protocol, job.progress)[0]
+    measured = _measure(job, [file])[0]
     with job.profiler.prepare(onnx.load(file)) as session, job.splits.final() as images:
         test = accuracy(session, images)
     return {
@@ -551,6 +550,13 @@ def remeasure(job: Job, result: Path) -> dict[str, Any]:
         "measured": _measured(measured),
         "accuracy": {**content["accuracy"], "test": test},
     }
+
+
+def _measure(job: Job, paths: Sequence[Path]) -> list[Measurement]:
+    """The latency of model files, each in the recipe's number of fresh processes."""
+    return measure_models(
+        job.profiler, paths, job.recipe.protocol, job.progress, processes=job.recipe.processes
+    )
 
 
 def _measured(m: Measurement) -> dict[str, Any]:
