@@ -60,7 +60,8 @@ class CalibrationRecipe:
 @dataclass(frozen=True)
 class Recipe:
     """A whole search. `evaluations` is the number of architectures that each strategy scores, in
-    generations of `population`; `finalists` are retrained.
+    generations of `population`; `finalists` are retrained. Whole networks are measured in
+    `processes` fresh processes.
     """
 
     name: str

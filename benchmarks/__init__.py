@@ -1,0 +1,1 @@
+"""Speed and quality measurements, with their committed results."""
