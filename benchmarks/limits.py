@@ -40,7 +40,7 @@ def measure(*, reduced: bool):
             summary = hwnas.run.search_to_certificate(job, run, [job.latency_limit(value)])
             rows.append(row(summary, value))
         with sqlite3.connect(run.history) as db:
-            over = db.execute("SELECT COUNT(*) FROM proposals WHERE upper > limit_value")
+            over = db.execute("SELECT COUNT(*) FROM bounds WHERE upper > limit_value")
             proposals = db.execute("SELECT COUNT(*) FROM proposals").fetchone()[0]
             figures = {
                 "limits": [{k: v for k, v in r.items() if k != "process_medians_ms"} for r in rows],

@@ -9,9 +9,13 @@ from torch import Tensor
 from hwnas.data import Bytes, Images, as_input
 
 
-def in_order(images: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images (batch, channels, height, width) in [0, 1] and classes, in order."""
-    for start in range(0, len(images), size):
+def in_order(images: Images, size: int, *, whole: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images (batch, channels, height, width) in [0, 1] and classes, in order.
+
+    `whole` leaves out a short last batch, unless it is the only one: for means over batches.
+    """
+    count = len(images) // size * size if whole and len(images) > size else len(images)
+    for start in range(0, count, size):
         stop = start + size
         x = torch.from_numpy(as_input(images.x[start:stop]))
         yield x, torch.from_numpy(images.y[start:stop])

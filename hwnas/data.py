@@ -6,6 +6,7 @@ raises unless it is opened by `Splits.final`.
 
 import gzip
 import hashlib
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,11 +62,11 @@ class Splits:
     @contextmanager
     def final(self) -> Iterator[Images]:
         """Open the TEST split, to state the accuracy of what ships."""
-        self._open = True
+        before, self._open = self._open, True
         try:
             yield self._test
         finally:
-            self._open = False
+            self._open = before
 
     @property
     def fingerprint(self) -> str:
@@ -111,7 +112,10 @@ def digits() -> Splits:
 
 
 def fashion_mnist(folder: Path) -> Splits:
-    """Fashion-MNIST from its four idx files under `folder`, padded to 32 x 32: 50k / 10k / 10k."""
+    """Fashion-MNIST from its four idx files under `folder`, padded to 32 x 32: 50k / 10k / 10k.
+
+    SEARCH-VAL is a sixth of the training images.
+    """
     x_train, y_train = _idx(folder, "train-images-idx3"), _idx(folder, "train-labels-idx1")
     x_test, y_test = _idx(folder, "t10k-images-idx3"), _idx(folder, "t10k-labels-idx1")
     margin = (SIZE - 28) // 2
@@ -120,7 +124,7 @@ def fashion_mnist(folder: Path) -> Splits:
         for x in (x_train, x_test)
     )
     order = np.random.default_rng(0).permutation(len(y_train))
-    train, search_val = np.split(order, [50_000])
+    train, search_val = np.split(order, [len(order) * 5 // 6])
     return Splits(
         "fashion-mnist",
         Images(x_train[train], y_train[train].astype(np.int64)),
@@ -132,9 +136,16 @@ def fashion_mnist(folder: Path) -> Splits:
 def _idx(folder: Path, stem: str) -> Bytes:
     """An idx file of bytes, gzipped or not, anywhere under a folder."""
     for path in sorted(folder.rglob(f"{stem}-ubyte*")):
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+        try:
+            raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            if raw[:3] != b"\0\0\x08":
+                raise ValueError("it does not begin as an idx file of bytes does")
+            shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
+            return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+        except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+            raise InvalidInput(
+                f"{path} is not a whole idx file: {error}.", next_step="fetch it again"
+            ) from error
     raise InvalidInput(
         f"{folder} holds no {stem}-ubyte file.",
         accepted="a folder with the four files of Fashion-MNIST, gzipped or not",

@@ -11,6 +11,7 @@ from hwnas.data import Splits
 from hwnas.recipes import TrainingRecipe
 from latency_tables.files import write_atomically
 from profilers.modules import Network
+from quant.errors import InvalidInput
 
 
 def retrain(
@@ -46,7 +47,7 @@ def recalibrate(network: Network, splits: Splits, *, images: int = 2048, batch: 
         norm.momentum = None
     network.train()
     with torch.no_grad():
-        for x, _ in in_order(splits.train.first(images), batch):
+        for x, _ in in_order(splits.train.first(images), batch, whole=True):
             network(x)
     network.eval()
 
@@ -68,5 +69,11 @@ def save_weights(network: Network, path: Path) -> None:
 
 def load_weights(network: Network, path: Path) -> None:
     """Read what `save_weights` wrote into a network of the same ops."""
-    network.load_state_dict(torch.load(path, weights_only=True))
+    try:
+        network.load_state_dict(torch.load(path, weights_only=True))
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise InvalidInput(
+            f"{path} does not hold this network's weights ({type(error).__name__}).",
+            next_step="remove it; the network is then trained again",
+        ) from error
     network.eval()

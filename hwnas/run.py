@@ -60,6 +60,7 @@ __all__ = [
 
 CALIBRATION_SEED = 1
 BASELINE = "random"
+LEAST_NETWORKS = 10
 LEAST_AGREEMENT = 0.97
 """The share of images on which a shipped file must answer as its PyTorch network does; int8 files
 round biases to the accumulator's grid, which moves answers near a tie."""
@@ -225,6 +226,11 @@ def _calibrate(job: Job, table: LatencyTable) -> LatencyModel:
         if len(chosen) == counts.networks:
             break
         chosen[sampler.sample(rng)] = None
+    if len(chosen) < LEAST_NETWORKS:
+        raise InvalidInput(
+            f"The space {job.space.name} has too few networks to calibrate on ({len(chosen)}).",
+            accepted=f"a space with at least {LEAST_NETWORKS}",
+        )
     chains = [job.space.lower(architecture) for architecture in chosen]
     with tempfile.TemporaryDirectory() as folder:
         paths = []

@@ -141,7 +141,10 @@ def open_run(config: RunConfig, path: Path | None, root: Path = Path("runs")) ->
         return run
     found = sorted(root.glob("*/config.yaml"), key=lambda p: p.stat().st_mtime, reverse=True)
     for candidate in found:
-        run = read_run(candidate.parent)
+        try:
+            run = read_run(candidate.parent)
+        except InvalidInput:  # a damaged run of something else is no reason to refuse this one
+            continue
         if run.config == config:
             return run
     space = re.sub(r"[^A-Za-z0-9.]+", "-", Path(config.space).name)
@@ -161,8 +164,8 @@ def read_run(path: Path) -> Run:
         raise InvalidInput(
             f"{path} is not a run.", accepted="a directory that hwnas search made"
         ) from error
-    except yaml.YAMLError as error:
-        raise InvalidInput(f"{file} is not YAML: {error}.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidInput(f"{file} is not readable YAML: {error}.") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
@@ -204,6 +207,9 @@ class History:
                     PRIMARY KEY (search, number));
                 CREATE TABLE IF NOT EXISTS proposals (
                     search TEXT, generation INTEGER, place INTEGER, genes TEXT NOT NULL,
+                    PRIMARY KEY (search, generation, place));
+                CREATE TABLE IF NOT EXISTS bounds (
+                    search TEXT, generation INTEGER, place INTEGER,
                     cost TEXT NOT NULL, limit_value REAL NOT NULL, upper REAL NOT NULL,
                     PRIMARY KEY (search, generation, place, cost));
                 """
@@ -230,9 +236,13 @@ class History:
         with self._transaction():
             self._db.execute("INSERT INTO generations VALUES (?, ?, ?)", (search, number, rejected))
             self._db.executemany(
-                "INSERT INTO proposals VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO proposals VALUES (?, ?, ?, ?)",
+                [(search, number, place, json.dumps(p.genes)) for place, p in enumerate(proposals)],
+            )
+            self._db.executemany(
+                "INSERT INTO bounds VALUES (?, ?, ?, ?, ?, ?)",
                 [
-                    (search, number, place, json.dumps(p.genes), cost, limit, p.bounds[cost])
+                    (search, number, place, cost, limit, p.bounds[cost])
                     for place, p in enumerate(proposals)
                     for cost, limit in limits.items()
                 ],
@@ -246,7 +256,7 @@ class History:
         ):
             found = [[] for _ in range(count)]
         rows = self._db.execute(
-            "SELECT DISTINCT generation, place, genes FROM proposals WHERE search = ? "
+            "SELECT generation, place, genes FROM proposals WHERE search = ? "
             "ORDER BY generation, place",
             (search,),
         )

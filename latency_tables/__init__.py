@@ -2,7 +2,7 @@
 
 try:
     from quant.siblings import refuse_strangers
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise ImportError(
         "hwnas needs its own package 'quant', but another one shadows it "
         f"({error}); install hwnas in a virtual environment of its own."

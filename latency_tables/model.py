@@ -68,12 +68,14 @@ class LatencyModel:
 
     def budget_us(self, limit_ms: float) -> float:
         """The largest additive cost whose upper bound is at most `limit_ms`."""
-        budget = limit_ms * 1000 / self.upper_ratio - self.offset_us
-        while self.upper_ms(budget) > limit_ms:  # the last digits of rounding, either way
-            budget = math.nextafter(budget, -math.inf)
-        while self.upper_ms(above := math.nextafter(budget, math.inf)) <= limit_ms:
-            budget = above
-        return budget
+        if math.isinf(limit_ms):
+            return limit_ms
+        guess = limit_ms * 1000 / self.upper_ratio - self.offset_us
+        reach = 8 * math.ulp(max(abs(guess), self.offset_us, limit_ms * 1000))
+        low, high = guess - reach, guess + reach
+        while low < (middle := (low + high) / 2) < high:  # to the last digit
+            low, high = (middle, high) if self.upper_ms(middle) <= limit_ms else (low, middle)
+        return low
 
     def to_dict(self) -> dict[str, Any]:
         """The model as plain data."""
@@ -103,7 +105,10 @@ def calibrate(
     The three must be disjoint random networks of one space. The fit minimises squared relative
     errors, with factors in [0.2, 2], the constant per op in [-20, 20] us, the offset in [0, 20] us.
     """
-    precisions = sorted({p for network in (*fit, *bound, *test) for p, _ in network.rows})
+    if not (fit and bound and test):
+        raise ValueError("calibration needs networks to fit, to bound and to test")
+    precisions = sorted({p for network in fit for p, _ in network.rows})
+    unseen = {p for network in (*bound, *test) for p, _ in network.rows} - set(precisions)
     features = np.array([_features(network, precisions) for network in fit])
     measured = np.array([network.latency_us for network in fit])
     low = [0.2] * len(precisions) + [-20.0, 0.0]
@@ -112,7 +117,8 @@ def calibrate(
         features / measured[:, None], np.ones(len(measured)), bounds=(low, high)
     ).x
     plain = LatencyModel(
-        scales=dict(zip(precisions, map(float, solution), strict=False)),
+        scales=dict(zip(precisions, map(float, solution), strict=False))
+        | dict.fromkeys(unseen, 1.0),
         per_op_us=float(solution[-2]),
         offset_us=float(solution[-1]),
         upper_ratio=1.0,

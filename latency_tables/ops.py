@@ -133,6 +133,8 @@ class OpSpec:
         if not self.inputs or not self.layers:
             raise ValueError("an op needs at least one input and one layer")
         for position, layer in enumerate(self.layers):
+            if len(layer.inputs) != (2 if layer.kind in ("add", "mul") else 1):
+                raise ValueError(f"layer {position} ({layer}) reads {len(layer.inputs)} values")
             if any(not 0 <= i < len(self.inputs) + position for i in layer.inputs):
                 raise ValueError(f"layer {position} ({layer}) uses a value that is not there yet")
         _ = self.values
@@ -238,13 +240,19 @@ class OpSpec:
     def peak_activation_bytes(self) -> float:
         """The most bytes of activations alive at once inside the op, for one image.
 
-        While a layer runs, its output and every value that it or a later layer reads are alive.
+        While a layer runs, its output and every value that it or a later layer reads are alive. A
+        value that only a fused activation reads is written as that activation's output.
         """
-        peak = 0.0
+        peak, first = 0.0, len(self.inputs)
+        written_as = {
+            layer.inputs[0]: first + position
+            for position, layer in enumerate(self.layers)
+            if layer.inputs[0] in _swallowed(self)
+        }
         for position in range(len(self.layers)):
-            alive = {len(self.inputs) + position}
+            alive = {first + position}
             alive.update(i for layer in self.layers[position:] for i in layer.inputs)
-            alive = {i for i in alive if i <= len(self.inputs) + position}
+            alive = {written_as.get(i, i) for i in alive if i <= first + position}
             peak = max(peak, sum(self.values[i].size_bytes for i in alive))
         return peak
 
@@ -371,8 +379,10 @@ def _output(layer: Layer, inputs: list[Tensor]) -> Tensor:
     first = inputs[0]
     signed = any(tensor.format.signed for tensor in inputs)
     match layer.kind:
+        case "conv" | "linear" if min(layer.channels, layer.stride, layer.groups) < 1:
+            raise ValueError(f"{layer}: channels, stride and groups are at least 1")
         case "conv":
-            if layer.kernel % 2 == 0 or first.channels % layer.groups:
+            if layer.kernel < 1 or layer.kernel % 2 == 0 or first.channels % layer.groups:
                 raise ValueError(f"{layer} does not fit {first}: odd kernels, whole groups")
             if layer.channels % layer.groups:
                 raise ValueError(f"{layer}: {layer.groups} groups do not divide its channels")
@@ -408,18 +418,24 @@ def _quantisers(op: OpSpec, values: tuple[Tensor, ...] | list[Tensor]) -> dict[i
         for index, tensor in enumerate(op.inputs)
         if not tensor.format.is_quantised
     }
+    swallowed, last = _swallowed(op), len(values) - 1
+    for index in range(len(op.inputs), len(values)):
+        if index not in swallowed and not (index == last and op.logits):
+            found[index] = Quantiser(bits, values[index].format.signed)
+    return found
+
+
+def _swallowed(op: OpSpec) -> set[int]:
+    """The layer outputs that one fused activation reads and nothing else."""
     readers: dict[int, list[Layer]] = {}
     for layer in op.layers:
         for index in layer.inputs:
             readers.setdefault(index, []).append(layer)
-    last = len(values) - 1
-    for index in range(len(op.inputs), len(values)):
-        fused = readers.get(index) and all(
-            reader.function in FUSED_ACTIVATIONS for reader in readers[index]
-        )
-        if not fused and not (index == last and op.logits):
-            found[index] = Quantiser(bits, values[index].format.signed)
-    return found
+    return {
+        index
+        for index, reading in readers.items()
+        if index >= len(op.inputs) and [r.function in FUSED_ACTIVATIONS for r in reading] == [True]
+    }
 
 
 def _channels_in(layer: Layer, tensor: Tensor) -> int:

@@ -139,6 +139,8 @@ class LatencyTable:
         try:
             data = pq.read_table(path)
             meta = json.loads((data.schema.metadata or {})[_META])
+            if not isinstance(meta, dict):
+                raise ValueError("its metadata is not an object")
         except FileNotFoundError as error:
             raise TableError(f"There is no table {path}.", next_step="run hwnas profile") from error
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
@@ -163,7 +165,7 @@ class LatencyTable:
             return cls(Host(**meta["host"]), meta["protocol"], {r.key: r for r in rows}, models)
         except TableError as error:
             raise TableError(f"{path}: {error}") from error
-        except (TypeError, KeyError) as error:
+        except (AttributeError, TypeError, KeyError) as error:
             raise TableError(
                 f"{path} does not read as a table of version {FORMAT_VERSION}: {error}.",
                 next_step="profile again",

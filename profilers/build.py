@@ -10,14 +10,14 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import onnx
 
-from latency_tables.files import explained, write_atomically
+from latency_tables.files import explained, write_atomically, write_text
 from latency_tables.ops import OpSpec
 from latency_tables.table import LatencyTable, Row
 from profilers.base import Profiler
@@ -85,7 +85,7 @@ def build_rows(
         measured = summarise(journal.blocks[op.key], protocol)
         table.rows[op.key] = Row(op.key, op.to_json(), op.precision.name, **asdict(measured))
     table.save(table_path)
-    journal.remove()
+    journal.remove(op.key for op in missing)
     return table
 
 
@@ -138,7 +138,10 @@ def measure_models(
         )
         if answer.returncode != 0:
             last = answer.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise HwnasError(f"The measuring process failed: {last[0]}")
+            raise HwnasError(
+                f"The measuring process failed: {last[0]}",
+                next_step="run the same command again; nothing that was measured is lost",
+            )
         for mine, samples in zip(blocks, json.loads(answer.stdout), strict=True):
             mine.append(np.array(samples))
         progress("timing whole networks in fresh processes", turn + 1, count)
@@ -152,28 +155,42 @@ class _Journal:
         self.path = path
         self.blocks: dict[str, list[Samples]] = {}
         told = {**asdict(table.host), "hostname": "", "governor": ""}
-        identity = {"host": told, "protocol": table.protocol}
+        self._identity = {"host": told, "protocol": table.protocol}
         with explained(path):
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
             whole = [line for line in lines if line.endswith(b"\n")]
-            if whole and json.loads(whole[0]) != identity:
-                raise TableError(
-                    f"{path} holds an unfinished table of another host or protocol.",
-                    next_step="remove it, or name another --tables folder",
-                )
+        try:
+            records = [json.loads(line) for line in whole]
+            for key, samples in records[1:]:
+                self.blocks.setdefault(str(key), []).append(np.array(samples, float))
+        except (ValueError, TypeError) as error:
+            raise TableError(
+                f"{path} is damaged: {error}.", next_step="remove it; its rows are measured again"
+            ) from error
+        if records and records[0] != self._identity:
+            raise TableError(
+                f"{path} holds an unfinished table of another host or protocol.",
+                next_step="remove it, or name another --tables folder",
+            )
         if lines != whole or not whole:
-            text = b"".join(whole) or json.dumps(identity).encode() + b"\n"
+            text = b"".join(whole) or json.dumps(self._identity).encode() + b"\n"
             write_atomically(path, lambda temporary: temporary.write_bytes(text))
-        for line in whole[1:]:
-            key, samples = json.loads(line)
-            self.blocks.setdefault(key, []).append(np.array(samples))
 
     def add(self, key: str, samples: Samples) -> None:
-        """Keep one block."""
+        """Keep one block, as it reads back from the file."""
+        samples = samples.round(3)
         self.blocks.setdefault(key, []).append(samples)
         with explained(self.path), self.path.open("a") as file:
-            file.write(json.dumps([key, samples.round(3).tolist()]) + "\n")
+            file.write(json.dumps([key, samples.tolist()]) + "\n")
 
-    def remove(self) -> None:
-        """The table holds everything now."""
-        self.path.unlink(missing_ok=True)
+    def remove(self, keys: Iterable[str]) -> None:
+        """Forget rows that the table holds now; other ops' blocks stay for their own build."""
+        for key in keys:
+            del self.blocks[key]
+        if not self.blocks:
+            self.path.unlink(missing_ok=True)
+            return
+        lines = [json.dumps(self._identity)]
+        for key, blocks in self.blocks.items():
+            lines += [json.dumps([key, samples.tolist()]) for samples in blocks]
+        write_text(self.path, "\n".join(lines) + "\n")

@@ -23,11 +23,11 @@ from quant.integer import FloatWeights, IntegerWeights, Weights, bias_codes
 from quant.precision import ONNXRUNTIME, Grid, Runtime
 
 # Two habits of ONNX Runtime (seen in 1.31.1) would change what runs of a float op between integer
-# ones. Where its quantised input has several readers (a residual block), each gets a DequantizeLinear of
-# its own, a Transpose moves past one of them, and two more conversions appear around it. Where its
-# only convolution stands between the input's DequantizeLinear and the next op's QuantizeLinear, its
-# weights are quantised without a word. A Max of one input after the conversion, which changes no
-# value, keeps both away.
+# ones. Where its quantised input has several readers (a residual block), each gets a
+# DequantizeLinear of its own, a Transpose moves past one of them, and two more conversions appear
+# around it. Where its only convolution, or a pool or sigmoid, stands between the input's
+# DequantizeLinear and the next op's QuantizeLinear, it is made integer without a word. A Max of one
+# input after the conversion, which changes no value, keeps both away.
 
 OPSET = 21
 IR_VERSION = 10
@@ -100,7 +100,8 @@ def emit(
     ]
     for number, (op, numbers) in enumerate(zip(ops, parameters, strict=True)):
         inputs = [writer.op(f"op{number}", op, numbers, inputs)]
-    writer.graph_output(inputs[0], ops[-1].output)
+    flat = any(layer.kind == "linear" for layer in ops[-1].layers)
+    writer.graph_output(inputs[0], ops[-1].output, flat=flat)
     graph = helper.make_graph(
         writer.nodes, "hwnas", writer.inputs, writer.outputs, writer.initializers
     )
@@ -159,8 +160,8 @@ def _needs_shield(op: OpSpec, index: int) -> bool:
     """Whether a float op's quantised input must be kept apart from its readers (see above)."""
     readers = [n for n, layer in enumerate(op.layers) if index in layer.inputs]
     tail = [layer.kind for layer in op.layers[readers[0] + 1 :]]
-    only_convolution = op.layers[readers[0]].has_weights and tail in ([], ["activation"])
-    return len(readers) > 1 or only_convolution
+    first_is_last = tail in ([], ["activation"])
+    return len(readers) > 1 or first_is_last or not op.layers[readers[0]].has_weights
 
 
 @dataclass(frozen=True)
@@ -194,8 +195,7 @@ class _Writer:
         grid = self.runtime.grid(tensor.format.bits, signed=tensor.format.signed)
         return self.codes(name, parameters.limits[index], grid)
 
-    def graph_output(self, value: str | _Codes, tensor: Tensor) -> None:
-        flat = self.nodes[-1].op_type == "Gemm"
+    def graph_output(self, value: str | _Codes, tensor: Tensor, *, flat: bool) -> None:
         shape: list[int | str | None] = ["batch", tensor.channels]
         shape += [] if flat else [tensor.height, tensor.width]
         kind = TensorProto.FLOAT if isinstance(value, str) else TensorProto.UINT8

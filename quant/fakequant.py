@@ -44,9 +44,13 @@ def fake_quantise_activation(value: Tensor, limit: Tensor, grid: Grid) -> Tensor
 
 
 def first_limit(value: Tensor, grid: Grid) -> Tensor:
-    """LSQ's starting range for the values at hand: s = 2 mean|x| / sqrt(high), limit = s * top."""
-    step = 2 * value.detach().abs().mean() / grid.high**0.5
-    return torch.clamp(step, min=LEAST_SCALE) * grid.top
+    """LSQ's starting range for the values at hand: s = 2 mean|x| / sqrt(high), limit = s * top.
+
+    It starts no further out than the largest value: at 8 bits, LSQ's own would.
+    """
+    magnitude = value.detach().abs()
+    limit = torch.minimum(2 * magnitude.mean() / grid.high**0.5 * grid.top, magnitude.amax())
+    return torch.clamp(limit, min=LEAST_SCALE)
 
 
 class _WeightQuantiser(torch.autograd.Function):

@@ -9,7 +9,10 @@ from quant.precision import weight_top
 
 Floats = npt.NDArray[np.float32]
 
-_INT32_TOP = 2**31 - 1
+_BIAS_TOP = 2**30
+"""The largest bias code: half of 32 bits, so that the products added to it have the other half."""
+
+_TINY = np.finfo(np.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,8 @@ def fold_integer(
 
     Codes come from the weight as it was trained: code = round(w / s), half to even, with
     s = max|w| / (2^(bits-1) - 1). The norm multiplies the scale by |factor|, and a negative factor
-    flips the signs of the codes, which the symmetric narrow range allows. A channel of zeros gets
-    scale 1.
+    flips the signs of the codes, which the symmetric narrow range allows. A channel of zeros, or
+    of values that vanish in fp32, gets scale 1.
 
     >>> w = np.array([[[[-1.0]], [[0.5]]]], np.float32)
     >>> fold_integer(w, 8, None, None).codes.ravel().tolist()
@@ -82,15 +85,17 @@ def fold_integer(
     """
     shape = (-1, *[1] * (weight.ndim - 1))
     top = np.abs(weight).reshape(len(weight), -1).max(axis=1)
-    scale = np.where(top > 0, top / np.float32(weight_top(bits)), np.float32(1)).astype(np.float32)
+    scale = top / np.float32(weight_top(bits))
+    scale = np.where(scale >= _TINY, scale, np.float32(1)).astype(np.float32)
     codes = np.rint(weight / scale.reshape(shape)).astype(np.int8)
     if norm is None:
         bias = np.zeros(len(weight), np.float32) if bias is None else bias
         return IntegerWeights(codes, scale, bias)
     factor = norm.factor
     codes = (codes * np.where(factor < 0, -1, 1).reshape(shape)).astype(np.int8)
-    codes[factor == 0] = 0
-    scale = np.where(factor == 0, np.float32(1), scale * np.abs(factor)).astype(np.float32)
+    folded = scale * np.abs(factor)
+    codes[folded < _TINY] = 0
+    scale = np.where(folded < _TINY, np.float32(1), folded).astype(np.float32)
     shift = -norm.mean if bias is None else bias - norm.mean
     return IntegerWeights(codes, scale, norm.beta + shift * factor)
 
@@ -105,7 +110,7 @@ def bias_codes(
     follow.
     """
     grid = np.float32(input_scale) * weights.scale
-    need = np.abs(weights.bias).astype(np.float64) / _INT32_TOP
+    need = np.abs(weights.bias).astype(np.float64) / _BIAS_TOP
     if np.any(narrow := need > grid):
         scale = np.where(narrow, need / input_scale * 1.001, weights.scale).astype(np.float32)
         ratio = (weights.scale / scale).reshape(-1, *[1] * (weights.codes.ndim - 1))

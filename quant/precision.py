@@ -12,7 +12,7 @@ from quant.errors import InvalidInput
 FLOATS = {"fp32": 32, "tf32": 32, "fp16": 16, "bf16": 16, "fp8": 8}
 """Float precisions and the bits that each value takes in memory."""
 
-_INTEGER = re.compile(r"w([1-8])a([1-8])")
+_INTEGER = re.compile(r"w([2-8])a([2-8])")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Precision:
     >>> Precision("int8")
     Traceback (most recent call last):
     quant.errors.InvalidInput: 'int8' is not a precision. Accepted: fp32, tf32, fp16, bf16, fp8, \
-or w<1-8>a<1-8> such as w8a8.
+or w<2-8>a<2-8> such as w8a8.
     """
 
     name: str
@@ -35,7 +35,7 @@ or w<1-8>a<1-8> such as w8a8.
         if self.name not in FLOATS and not _INTEGER.fullmatch(self.name):
             raise InvalidInput(
                 f"{self.name!r} is not a precision.",
-                accepted=f"{', '.join(FLOATS)}, or w<1-8>a<1-8> such as w8a8",
+                accepted=f"{', '.join(FLOATS)}, or w<2-8>a<2-8> such as w8a8",
             )
 
     def __str__(self) -> str:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from hwnas.costs.limits import AdditiveCost, Limit
 from hwnas.costs.population import genes_of, totals
 from hwnas.spaces.base import Architecture, Level, SearchSpace
-from quant.errors import Unreachable
+from quant.errors import InvalidInput, Unreachable
 
 RESOLUTION = 1000
 MAX_TRIES = 2000
@@ -51,6 +51,9 @@ class FeasibleSet:
     def __init__(self, space: SearchSpace, limits: Sequence[Limit]) -> None:
         self.space = space
         self.limits = tuple(limits)
+        names = [limit.cost.name for limit in limits]
+        if len(set(names)) < len(names):
+            raise InvalidInput(f"Two limits are on one cost ({', '.join(names)}).")
         self.ranges = {limit.cost.name: reachable(space, limit.cost) for limit in limits}
         for limit in limits:
             found = self.ranges[limit.cost.name]

@@ -1,5 +1,6 @@
 """Limits, and the additive costs that they bound."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from hwnas.spaces.base import SearchSpace
 from latency_tables.model import LatencyModel
 from latency_tables.ops import COUNTS
 from latency_tables.table import LatencyTable
-from quant.errors import TableError
+from quant.errors import InvalidInput, TableError
 
 Floats = npt.NDArray[np.float64]
 
@@ -37,6 +38,10 @@ class Limit:
 
     cost: AdditiveCost
     value: float
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.value):
+            raise InvalidInput(f"The limit on {self.cost.name} is NaN.", accepted="a number")
 
     @property
     def budget(self) -> float:

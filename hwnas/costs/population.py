@@ -19,6 +19,17 @@ def op_indices(space: SearchSpace, genes: Ints) -> Ints:
 
     `genes` is (n, genes). Raises InvalidInput where a row is not canonical.
     """
+    if genes.ndim != 2 or genes.shape[1] != len(space.genes):
+        raise InvalidInput(
+            f"A population of shape {genes.shape} is not of {space.name}.",
+            accepted=f"(n, {len(space.genes)})",
+        )
+    outside = ((genes < 0) | (genes >= space.gene_sizes)).any(axis=1)
+    if outside.any():
+        raise InvalidInput(
+            f"The genes {genes[np.argmax(outside)].tolist()} are outside the choices of "
+            f"{space.name}."
+        )
     result = np.empty((len(genes), len(space.positions)), np.int64)
     state = np.zeros(len(genes), np.int64)
     start = 0

@@ -11,8 +11,9 @@ class UniformSampler:
     """SPOS's uniform path sampling (Guo et al. 2019, section 3.3).
 
     Each gene is uniform among the values that are legal after the genes before it. For the first
-    `held_for` of training, genes whose option is in `held` take the value at that index instead
-    (negative from the end): widths sampled from the first step on are known not to converge.
+    `held_for` of training, genes whose option is in `held` take the legal value nearest to that
+    index instead (negative from the end): widths sampled from the first step on are known not to
+    converge.
     """
 
     def __init__(
@@ -22,7 +23,7 @@ class UniformSampler:
         self.held = dict(held or {})
         self.held_for = held_for
         self._options = [
-            [gene.name.rpartition(".")[2] for gene in position.genes]
+            [(gene.name.rpartition(".")[2], len(gene.choices)) for gene in position.genes]
             for position in space.positions
         ]
         self._legal = [
@@ -39,9 +40,12 @@ class UniformSampler:
             self.space.lattice.levels, self._options, self._legal, self._genes, strict=True
         ):
             left = legal[state]
-            for column, option in enumerate(options):
+            for column, (option, size) in enumerate(options):
                 values = np.unique(genes[left, column])
-                value = values[held[option]] if option in held else rng.choice(values)
+                if option in held:
+                    value = values[np.argmin(np.abs(values - held[option] % size))]
+                else:
+                    value = rng.choice(values)
                 left = left[genes[left, column] == value]
             edges.append(int(left[0]))
             state = int(level.target[left[0]])

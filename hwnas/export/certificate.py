@@ -36,7 +36,9 @@ def write_certificate(path: Path, content: dict[str, Any]) -> None:
 def read_certificate(path: Path) -> dict[str, Any]:
     """Read a certificate; raises InvalidInput where it is not one."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
         return content
     except (OSError, ValueError) as error:
         raise InvalidInput(

@@ -81,10 +81,23 @@ def write_report(
         line={"shape": "hv", "color": "#d62728"},
     )  # fmt: skip
     limit = summary["limits"]["latency_ms"]["value"]
-    figure.add_vline(x=limit, line_dash="dash", annotation_text=f"limit {limit:.4g} ms")
+    figure.add_vline(
+        x=limit,
+        line_dash="dash",
+        annotation_text=f"limit {limit:.4g} ms",
+        annotation_position="top left",
+    )
+    figure.add_scatter(
+        x=[summary["measured"]["median_ms"]],
+        y=[summary["accuracy"]["search_val_shared_weights"]],
+        mode="markers",
+        name="shipped, as measured",
+        marker={"symbol": "star", "size": 14, "color": "#2ca02c"},
+    )
     figure.update_layout(
         template="plotly_white",
         xaxis_title="predicted latency, ms",
+        yaxis_tickformat=".1%",
         yaxis_title="SEARCH-VAL accuracy, shared weights",
         height=520,
     )

@@ -13,10 +13,10 @@ Score = tuple[float, ...]
 class Strategy(Protocol):
     """Ask/tell: the caller owns the loop.
 
-    `ask` proposes architectures that are feasible and were never proposed before. It depends on the
+    `ask` proposes architectures that are feasible and were never told before. It depends on the
     seed and on what was told, on nothing else, so that a search told its history goes on as if it
-    had never stopped. An empty answer means that nothing is left to propose. `rejected` counts what
-    the last `ask` dropped for being over a limit; it was never scored.
+    had never stopped. An empty answer means that no new one was found in a bounded number of tries.
+    `rejected` counts what the last `ask` dropped for being over a limit; it was never scored.
     """
 
     feasible: FeasibleSet
@@ -31,8 +31,10 @@ class Strategy(Protocol):
         ...
 
 
-def check_scores(scores: Sequence[Score]) -> None:
-    """Raise ValueError where a score holds NaN, which would compare as neither better nor worse."""
+def check_scores(architectures: Sequence[Architecture], scores: Sequence[Score]) -> None:
+    """Raise ValueError where a score is missing or holds NaN, which compares as nothing."""
+    if len(architectures) != len(scores):
+        raise ValueError(f"{len(scores)} scores for {len(architectures)} architectures")
     for score in scores:
         if any(value != value for value in score):
             raise ValueError(f"the score {score} holds NaN")

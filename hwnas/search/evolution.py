@@ -32,7 +32,8 @@ class Evolution:
         crossovers: int = 25,
         mutation_probability: float = 0.1,
     ) -> None:
-        if not 0 < mutation_probability <= 1 or mutations + crossovers > population or parents < 1:
+        counts_fit = min(mutations, crossovers) >= 0 and mutations + crossovers <= population
+        if not (0 < mutation_probability <= 1 and min(population, parents) >= 1 and counts_fit):
             raise ValueError(
                 "evolution needs 0 < mutation_probability <= 1, at least one parent, and no more "
                 f"mutations and crossovers than the population; got {mutation_probability}, "
@@ -61,15 +62,16 @@ class Evolution:
         self.rejected = 0
         if len(self.scores) >= self.population:
             elites = self.elites
-            for share, child in zip(self.shares, (self._mutate, self._cross), strict=True):
-                self._breed(round(share * count), child, elites, proposals, rng)
+            ends = np.floor(np.cumsum([0.0, *self.shares]) * count + rng.random()).astype(int)
+            for wanted, child in zip(np.diff(ends), (self._mutate, self._cross), strict=True):
+                self._breed(int(wanted), child, elites, proposals, rng)
         seen = set(self.scores) | set(proposals)
         proposals |= dict.fromkeys(fresh_samples(self.feasible, seen, count - len(proposals), rng))
         return list(proposals)
 
     def tell(self, architectures: Sequence[Architecture], scores: Sequence[Score]) -> None:
         """Note the scores of what was proposed (or of a history)."""
-        check_scores(scores)
+        check_scores(architectures, scores)
         self.scores |= dict(zip(architectures, scores, strict=True))
 
     def _breed(

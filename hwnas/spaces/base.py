@@ -199,8 +199,12 @@ class SearchSpace:
     def fingerprint(self) -> str:
         """A hash of every op, gene and weight group: equal only for equal spaces."""
         text = [self.name, *(f"{gene.name}:{gene.choices}" for gene in self.genes)]
-        text += [op.key for op in self.lattice.ops]
-        text += [f"{s.group}{s.genes}" for level in self.lattice.levels for s in level.steps]
+        for position, level in zip(self.positions, self.lattice.levels, strict=True):
+            text.append(position.name)
+            for step, source, target in zip(level.steps, level.source, level.target, strict=True):
+                roles = [layer.role for layer in step.op.layers] if step.op else []
+                op = step.op.key if step.op else "skip"
+                text.append(f"{source} {target} {step.genes} {step.group} {roles} {op}")
         return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
     @cached_property
@@ -220,18 +224,11 @@ class SearchSpace:
 
     def edges(self, architecture: Architecture) -> list[int]:
         """The edge taken at each level; raises InvalidInput unless the genes are canonical."""
-        if len(architecture.genes) != len(self.genes):
-            raise InvalidInput(
-                f"The architecture has {len(architecture.genes)} genes; {self.name} has "
-                f"{len(self.genes)}.",
-                accepted="an architecture of this space",
-            )
+        self._check(architecture.genes)
         path, state = [], 0
         for level, part in zip(self.lattice.levels, self._parts(architecture.genes), strict=True):
-            sizes = level.lookup.shape[1]
-            flat = int(np.dot(part, level.strides))
-            edge = int(level.lookup[state, flat]) if 0 <= flat < sizes else -1
-            if edge < 0 or level.steps[edge].genes != part:
+            edge = int(level.lookup[state, int(np.dot(part, level.strides))])
+            if edge < 0:
                 raise InvalidInput(
                     f"The genes {architecture.genes} are not a canonical architecture of "
                     f"{self.name}.",
@@ -247,6 +244,7 @@ class SearchSpace:
         Position by position, the legal step that agrees with the most telling genes; what has no
         effect becomes 0. Canonical genes are returned as they are.
         """
+        self._check(genes)
         result: list[int] = []
         state = 0
         for level, part in zip(self.lattice.levels, self._parts(tuple(genes)), strict=True):
@@ -300,6 +298,11 @@ class SearchSpace:
 
     def parse(self, description: Mapping[str, str]) -> Architecture:
         """The architecture that `describe` told; raises InvalidInput where it does not fit."""
+        known = {gene.name for gene in self.genes}
+        if unknown := sorted(set(description) - known):
+            raise InvalidInput(
+                f"{unknown[0]} is not a gene of {self.name}.", accepted=", ".join(sorted(known))
+            )
         values = []
         for gene in self.genes:
             value = description.get(gene.name)
@@ -324,6 +327,24 @@ class SearchSpace:
                 yield from extend(depth + 1, int(level.target[edge]), genes + step.genes)
 
         return extend(0, 0, ())
+
+    @cached_property
+    def gene_sizes(self) -> Ints:
+        """How many choices each gene has."""
+        return np.array([len(gene.choices) for gene in self.genes], np.int64)
+
+    def _check(self, genes: Sequence[int]) -> None:
+        """Raise InvalidInput unless every gene is there and within its choices."""
+        if len(genes) != len(self.genes):
+            raise InvalidInput(
+                f"The architecture has {len(genes)} genes; {self.name} has {len(self.genes)}.",
+                accepted="an architecture of this space",
+            )
+        for gene, value in zip(self.genes, genes, strict=True):
+            if not 0 <= value < len(gene.choices):
+                raise InvalidInput(
+                    f"The gene {gene.name} is {value}.", accepted=f"0 to {len(gene.choices) - 1}"
+                )
 
     def _parts(self, genes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         start = 0

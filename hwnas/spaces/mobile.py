@@ -1,5 +1,6 @@
 """The `mobile` space: inverted residuals, with blocks, widths and precisions chosen together."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from hwnas.spaces.base import Build, Choice, Position, SearchSpace, State
 from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
 from latency_tables.ops import Tensor
+from quant.errors import InvalidInput
 from quant.precision import Precision
 
 SKIP = "skip"
@@ -48,6 +50,8 @@ def mobile(
     """
     kinds = [(kernel, expansion) for kernel in kernels for expansion in expansions]
     blocks = {f"k{kernel}e{expansion}": (kernel, expansion) for kernel, expansion in kinds}
+    if skip:
+        _refuse_ambiguous(name, stages)
     positions = [_stem(stem_channels, stem_stride, stem_precisions)]
     number = 0
     for stage in stages:
@@ -78,6 +82,22 @@ def mobile_tiny(*, classes: int, image_channels: int = 1, size: int = 32) -> Sea
         size=size,
         image_channels=image_channels,
     )
+
+
+def _refuse_ambiguous(name: str, stages: Sequence[Stage]) -> None:
+    """Four stages in a row without a stride, with widths that overlap in part, could spell one
+    network in two ways that moving a single block does not show.
+    """
+    run: list[set[int]] = []
+    for stage in stages:
+        run = [*run, set(stage.widths)] if stage.stride == 1 else [set(stage.widths)]
+        partly = any(a != b and a & b for a, b in itertools.combinations(run, 2))
+        if len(run) > 3 and partly:
+            raise InvalidInput(
+                f"The space {name} has four stages in a row without a stride whose widths overlap "
+                "in part, so that one network would be several architectures.",
+                accepted="at most three such stages, equal widths, or skip=False",
+            )
 
 
 def _stem(channels: int, stride: int, precisions: Sequence[str]) -> Position:

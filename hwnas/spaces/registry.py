@@ -33,8 +33,11 @@ def _own(name: str) -> SpaceFactory:
         raise InvalidInput(f"--space names {place}, which is not there.")
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InvalidInput(f"{place} cannot be loaded: {type(error).__name__}: {error}.") from error
     factory: SpaceFactory | None = getattr(module, attribute, None)
-    if factory is None:
+    if not callable(factory):
         raise InvalidInput(f"{place} has no {attribute!r}.", accepted="a function in that file")
     return factory

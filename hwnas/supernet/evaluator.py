@@ -42,7 +42,9 @@ class Evaluator:
         self.supernet = supernet
         self.batch = batch
         train, val = splits.train, splits.search_val
-        self._recalibration = [x for x, _ in in_order(train.first(recalibration_images), batch)]
+        self._recalibration = [
+            x for x, _ in in_order(train.first(recalibration_images), batch, whole=True)
+        ]
         self._validation = list(in_order(val.first(validation_images), batch))
         self._known: dict[Architecture, Evaluation] = {}
 

@@ -37,8 +37,9 @@ def train_supernet(
 ) -> None:
     """Train shared weights on TRAIN, one path a step; goes on from `checkpoint` if it is there.
 
-    A step trains what its path uses and leaves every other weight as it is: gradients that are not
-    there (rather than zero) keep momentum and weight decay away from unsampled weights.
+    A step leaves every tensor that its path does not use as it is: gradients that are not there
+    (rather than zero) keep momentum and weight decay away. Inside a tensor that is used in part,
+    the channels beyond the sampled width get zero gradients, as in every sliced supernet.
     """
     optimiser = recipe.optimiser(supernet)
     start = _restore(supernet, optimiser, checkpoint)
@@ -85,19 +86,20 @@ def _restore(supernet: Supernet, optimiser: torch.optim.Optimizer | None, checkp
         return 0
     try:
         state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
-        space, step = state["space"], int(state["step"])
+        if state["space"] != supernet.space.fingerprint:
+            raise InvalidInput(
+                f"{checkpoint} holds the weights of another space.",
+                accepted=f"a checkpoint of {supernet.space.name} ({supernet.space.fingerprint})",
+                next_step="name the run that it belongs to, or another --run",
+            )
+        supernet.load_state_dict(state["weights"])
+        if optimiser is not None:
+            optimiser.load_state_dict(state["optimiser"])
+        return int(state["step"])
+    except InvalidInput:
+        raise
     except Exception as error:  # torch raises many kinds for a damaged file
         raise InvalidInput(
             f"{checkpoint} is not a whole checkpoint ({type(error).__name__}).",
             next_step="remove it; training then starts again",
         ) from error
-    if space != supernet.space.fingerprint:
-        raise InvalidInput(
-            f"{checkpoint} holds the weights of another space.",
-            accepted=f"a checkpoint of {supernet.space.name} ({supernet.space.fingerprint})",
-            next_step="name the run that it belongs to, or another --run",
-        )
-    supernet.load_state_dict(state["weights"])
-    if optimiser is not None:
-        optimiser.load_state_dict(state["optimiser"])
-    return step

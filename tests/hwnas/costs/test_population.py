@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hwnas.costs.limits import counted_cost
+from hwnas.costs.population import genes_of, op_indices, totals
+from hwnas.costs.samplers import UniformSampler
+from hwnas.spaces.base import Architecture, SearchSpace
+from hwnas.spaces.mobile import mobile_tiny
+from latency_tables.ops import COUNTS
+from quant.errors import InvalidInput
+
+TINY = mobile_tiny(classes=10)
+
+
+def population(space: SearchSpace, count: int, seed: int) -> list[Architecture]:
+    rng = np.random.default_rng(seed)
+    sampler = UniformSampler(space)
+    return [sampler.sample(rng) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_totals_equal_a_loop_over_the_lowered_ops(tiny: SearchSpace, name: str) -> None:
+    architectures = population(tiny, 300, seed=1)
+    expected = [sum(COUNTS[name](op) for op in tiny.lower(a)) for a in architectures]
+    found = totals(tiny, counted_cost(tiny, name).per_op, genes_of(architectures))
+    assert found.tolist() == expected
+    assert len(set(expected)) > 100
+
+
+def test_totals_of_float_costs_equal_a_loop(tiny: SearchSpace) -> None:
+    per_op = np.random.default_rng(3).normal(size=len(tiny.lattice.ops))
+    number = {op.key: i for i, op in enumerate(tiny.lattice.ops)}
+    architectures = population(tiny, 300, seed=2)
+    expected = [sum(per_op[number[op.key]] for op in tiny.lower(a)) for a in architectures]
+    np.testing.assert_allclose(totals(tiny, per_op, genes_of(architectures)), expected, atol=1e-12)
+
+
+def test_an_architecture_costs_the_same_to_the_last_bit_alone_and_in_a_crowd(
+    tiny: SearchSpace,
+) -> None:
+    per_op = np.random.default_rng(3).lognormal(sigma=4, size=len(tiny.lattice.ops))
+    genes = genes_of(population(tiny, 200, seed=4))
+    alone = [totals(tiny, per_op, row[None])[0] for row in genes]
+    assert totals(tiny, per_op, genes).tolist() == alone
+
+
+def test_op_indices_point_at_the_lowered_ops(
+    small: SearchSpace, small_list: list[Architecture]
+) -> None:
+    indices = op_indices(small, genes_of(small_list))
+    assert indices.shape == (len(small_list), len(small.positions))
+    for architecture, row in zip(small_list, indices, strict=True):
+        keys = [small.lattice.ops[i].key for i in row if i >= 0]
+        assert keys == [op.key for op in small.lower(architecture)]
+
+
+def test_no_rows_have_no_totals(small: SearchSpace) -> None:
+    per_op = np.ones(len(small.lattice.ops))
+    assert totals(small, per_op, np.empty((0, len(small.genes)), np.int64)).shape == (0,)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.tuples(*(st.integers(0, len(gene.choices) - 1) for gene in TINY.genes)))
+def test_a_row_is_refused_exactly_where_it_is_not_canonical(genes: tuple[int, ...]) -> None:
+    good = TINY.architecture(genes)
+    rows = np.array([good.genes, genes], np.int64)
+    if good.genes == genes:
+        assert len(op_indices(TINY, rows)) == 2
+    else:
+        with pytest.raises(InvalidInput, match="not a canonical architecture of mobile-tiny"):
+            op_indices(TINY, rows)
+
+
+def test_the_refused_row_is_named(small: SearchSpace) -> None:
+    told = small.describe(small.architecture([0] * len(small.genes)))
+    skip = next(i for i, gene in enumerate(small.genes) if "skip" in gene.choices)
+    genes = [0] * len(small.genes)
+    genes[skip], genes[skip + 1] = small.genes[skip].choices.index("skip"), 1
+    assert list(told)[skip + 1].endswith(".precision")
+    with pytest.raises(InvalidInput) as caught:
+        totals(small, np.ones(len(small.lattice.ops)), np.array([[0] * len(genes), genes]))
+    assert str(genes) in str(caught.value)
+
+
+@pytest.mark.parametrize("beyond", [-1, 0])
+def test_a_gene_outside_its_choices_is_refused_and_never_read_as_another_gene(
+    small: SearchSpace, small_list: list[Architecture], beyond: int
+) -> None:
+    for place, gene in enumerate(small.genes):
+        genes = list(small_list[0].genes)
+        genes[place] = len(gene.choices) if beyond == 0 else -1
+        with pytest.raises(InvalidInput):
+            op_indices(small, np.array([genes], np.int64))
+
+
+@pytest.mark.parametrize("extra", [-1, 1])
+def test_rows_of_the_wrong_length_are_refused(small: SearchSpace, extra: int) -> None:
+    with pytest.raises(InvalidInput):
+        op_indices(small, np.zeros((1, len(small.genes) + extra), np.int64))

@@ -1,0 +1,473 @@
+"""The supernet against stand-alone networks, hand-written convolutions and torch's batch norm."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hwnas.costs.samplers import UniformSampler
+from hwnas.spaces.base import Architecture, SearchSpace
+from hwnas.spaces.mobile import Stage, mobile
+from hwnas.supernet.network import Supernet
+from quant.precision import ONNXRUNTIME, TENSORRT, Runtime
+
+
+def rich_space(precisions: tuple[str, ...] = ("fp32", "w8a8", "w4a4")) -> SearchSpace:
+    """Squeeze-excite, residuals, skips, a float island, strides, widths, three precisions."""
+    return mobile(
+        "rich",
+        (Stage(1, 1, (6, 8), squeeze=4), Stage(2, 2, (8, 12), activation="hard_swish")),
+        classes=3,
+        size=8,
+        image_channels=1,
+        stem_channels=8,
+        stem_stride=1,
+        head_channels=16,
+        kernels=(3, 5),
+        expansions=(1, 2),
+        precisions=precisions,
+        stem_precisions=precisions,
+    )
+
+
+def plain_space(precisions: tuple[str, ...] = ("fp32", "w8a8")) -> SearchSpace:
+    """Two blocks without skips: small enough to enumerate and to write out by hand."""
+    return mobile(
+        "plain",
+        (Stage(1, 1, (4, 6)), Stage(1, 2, (8,))),
+        classes=3,
+        size=8,
+        image_channels=1,
+        stem_channels=6,
+        stem_stride=1,
+        head_channels=8,
+        kernels=(3, 5),
+        expansions=(2,),
+        precisions=precisions,
+        head_precisions=("fp32",),
+        skip=False,
+    )
+
+
+def images(count: int, seed: int = 0) -> Tensor:
+    return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def supernet_of(space: SearchSpace, *, seed: int = 0) -> Supernet:
+    torch.manual_seed(seed)
+    supernet = Supernet(space)
+    supernet.initialise_ranges(images(16))
+    return supernet
+
+
+def choices(space: SearchSpace, count: int, seed: int = 0) -> list[Architecture]:
+    sampler, rng = UniformSampler(space), np.random.default_rng(seed)
+    found: dict[Architecture, None] = {}
+    for _ in range(20 * count):
+        if len(found) == count:
+            break
+        found[sampler.sample(rng)] = None
+    return list(found)
+
+
+def train_a_little(supernet: Supernet, steps: int = 12) -> None:
+    optimiser = torch.optim.AdamW(supernet.parameters(), lr=0.02)
+    sampler = UniformSampler(supernet.space)
+    for step in range(steps):
+        optimiser.zero_grad(set_to_none=True)
+        logits = supernet(images(8, seed=step), sampler.sample(np.random.default_rng(step)))
+        functional.cross_entropy(logits, torch.arange(8) % 3).backward()
+        optimiser.step()
+
+
+def snapshot(supernet: Supernet) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in supernet.state_dict().items()}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+# ---- extraction
+
+
+@pytest.fixture(scope="module")
+def trained() -> Supernet:
+    supernet = supernet_of(rich_space())
+    train_a_little(supernet)
+    return supernet
+
+
+def test_an_extracted_network_equals_the_supernet_to_the_last_bit(trained: Supernet) -> None:
+    space = trained.space
+    architectures = choices(space, 30)
+    assert len(architectures) == 30
+    mixed = squeezed = residual = skipped = 0
+    widths = set()
+    for number, architecture in enumerate(architectures):
+        ops = space.lower(architecture)
+        mixed += len({op.precision for op in ops}) > 1
+        squeezed += any(layer.kind == "mul" for op in ops for layer in op.layers)
+        residual += any(layer.kind == "add" for op in ops for layer in op.layers)
+        skipped += len(ops) < len(space.positions)
+        widths.update(op.output.channels for op in ops[1:-1])
+        statistics = trained.recalibrate(architecture, [images(16, 1), images(16, 2)])
+        network = trained.extract(architecture, statistics)
+        for batch in (images(16, 100 + number), images(1, 200 + number)):
+            with torch.no_grad():
+                shared, alone = trained(batch, architecture, statistics), network(batch)
+            assert (shared - alone).abs().max().item() == 0.0, space.describe(architecture)
+            assert shared.isfinite().all()
+    # the sample holds what the claim is about
+    assert min(mixed, squeezed, residual, skipped) >= 5
+    assert widths == {6, 8, 12}
+
+
+def test_a_range_learned_below_zero_is_extracted_the_same() -> None:
+    """LSQ's gradient can push a limit through zero; both readings use its magnitude."""
+    space = plain_space(("w8a8",))
+    supernet = supernet_of(space)
+    with torch.no_grad():
+        for name, limit in supernet.ranges.named_parameters():
+            if "unsigned" in name:
+                limit.neg_()
+    architecture = choices(space, 1)[0]
+    statistics = supernet.recalibrate(architecture, [images(16)])
+    network = supernet.extract(architecture, statistics)
+    with torch.no_grad():
+        shared, alone = supernet(images(8), architecture, statistics), network(images(8))
+    assert torch.equal(shared, alone)
+
+
+def test_an_extracted_network_has_weights_of_its_own(trained: Supernet) -> None:
+    architecture = choices(trained.space, 1)[0]
+    statistics = trained.recalibrate(architecture, [images(16)])
+    network = trained.extract(architecture, statistics)
+    before = snapshot(trained)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1.0)
+    for norm in network.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.add_(1.0)
+    assert same(snapshot(trained), before)
+    again = trained.recalibrate(architecture, [images(16)])
+    for key, (mean, variance) in statistics.items():
+        assert torch.equal(mean, again[key][0])
+        assert torch.equal(variance, again[key][1])
+
+
+def test_an_extracted_network_counts_the_parameters_that_its_ops_state(trained: Supernet) -> None:
+    for architecture in choices(trained.space, 5, seed=3):
+        statistics = trained.recalibrate(architecture, [images(4)])
+        network = trained.extract(architecture, statistics)
+        ranges = sum(len(op.quantisers) for op in network.ops)
+        stated = sum(op.parameters for op in network.ops)
+        assert sum(p.numel() for p in network.parameters()) == stated + ranges
+
+
+# ---- slicing and sharing
+
+
+def conv_of(supernet: Supernet, name: str) -> dict[str, Tensor]:
+    prefix = f"layers.{name}."
+    return {k.removeprefix(prefix): v for k, v in supernet.state_dict().items() if prefix in k}
+
+
+def norm_by_hand(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    mean = x.mean((0, 2, 3), keepdim=True)
+    variance = ((x - mean) ** 2).mean((0, 2, 3), keepdim=True)
+    shape = (1, -1, 1, 1)
+    return (x - mean) / torch.sqrt(variance + 1e-5) * gamma.reshape(shape) + beta.reshape(shape)
+
+
+@pytest.mark.parametrize("width", [4, 6])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_the_forward_pass_is_the_hand_written_one_on_the_first_channels(
+    width: int, kernel: int
+) -> None:
+    space = plain_space(("fp32",))
+    supernet = supernet_of(space)
+    train_a_little(supernet, 4)
+    architecture = space.parse(
+        {
+            "block0.block": f"k{kernel}e2",
+            "block0.width": str(width),
+            "block1.block": "k3e2",
+        }
+    )
+    x = images(6)
+
+    def step(
+        value: Tensor, name: str, out: int, *, kernel: int = 1, stride: int = 1, deep: bool = False
+    ) -> Tensor:
+        held = conv_of(supernet, name)
+        inside = 1 if deep else value.shape[1]
+        y = functional.conv2d(
+            value,
+            held["weight"][:out, :inside],
+            stride=stride,
+            padding=kernel // 2,
+            groups=out if deep else 1,
+        )
+        return norm_by_hand(y, held["gamma"][:out], held["bias"][:out])
+
+    with torch.no_grad():
+        value = step(x, "stem//conv", 6, kernel=3).relu()
+        entry = value
+        group = f"block0/k{kernel}e2"
+        value = step(value, f"{group}/expand", 12).relu()
+        value = step(value, f"{group}/depthwise", 12, kernel=kernel, deep=True).relu()
+        value = step(value, f"{group}/project", width)
+        value = value + entry if width == 6 else value
+        hidden = 2 * width
+        value = step(value, "block1/k3e2/expand", hidden).relu()
+        value = step(value, "block1/k3e2/depthwise", hidden, kernel=3, stride=2, deep=True).relu()
+        value = step(value, "block1/k3e2/project", 8)
+        value = step(value, "head//conv", 8).relu().mean((2, 3))
+        head = conv_of(supernet, "head//linear")
+        expected = value @ head["weight"].T + head["bias"]
+        found = supernet(x, architecture)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_lies_beyond_the_width_is_never_read() -> None:
+    space = plain_space()
+    supernet = supernet_of(space)
+    narrow = [a for a in space.enumerate() if space.describe(a)["block0.width"] == "4"]
+    wide = [a for a in space.enumerate() if space.describe(a)["block0.width"] == "6"]
+    x = images(4)
+    with torch.no_grad():
+        before = [supernet(x, a) for a in narrow]
+        for name, value in supernet.named_parameters():
+            if "block0" in name and "project" in name:
+                value[4:] = torch.nan
+            if "block1" in name and "expand" in name:
+                value[8:] = torch.nan
+                if value.ndim > 1:
+                    value[:, 4:] = torch.nan
+            if "block1" in name and "depthwise" in name:
+                value[8:] = torch.nan
+            if "block1" in name and "project.weight" in name:
+                value[:, 8:] = torch.nan
+        for architecture, expected in zip(narrow, before, strict=True):
+            assert torch.equal(supernet(x, architecture), expected)
+        assert all(supernet(x, a).isnan().any() for a in wide)
+
+
+def test_weights_are_shared_by_precisions_and_widths_and_not_by_choices() -> None:
+    """Changing one choice's weights changes every network with that choice and no other."""
+    space = plain_space()
+    architectures = list(space.enumerate())
+    assert len(architectures) == space.count == 32
+    x = images(4)
+    supernet = supernet_of(space)
+    with torch.no_grad():
+        before = [supernet(x, a) for a in architectures]
+        for position, choice in itertools.product(("block0", "block1"), ("k3e2", "k5e2")):
+            supernet = supernet_of(space)
+            supernet.layers[f"{position}/{choice}/depthwise"].weight.neg_()
+            for architecture, old in zip(architectures, before, strict=True):
+                uses = space.describe(architecture)[f"{position}.block"] == choice
+                assert torch.equal(supernet(x, architecture), old) != uses
+
+
+def test_there_is_one_weight_for_each_position_choice_and_role_as_large_as_any_use() -> None:
+    space = rich_space()
+    supernet = supernet_of(space)
+    largest: dict[str, tuple[int, ...]] = {}
+    for position, level in zip(space.positions, space.lattice.levels, strict=True):
+        for step in level.steps:
+            for index, layer in enumerate(step.op.layers if step.op else ()):
+                if layer.has_weights:
+                    source = step.op.layer_inputs(index)[0]
+                    width = source.elements if layer.kind == "linear" else source.channels
+                    name = f"{position.name}/{step.group}/{layer.role}"
+                    shape = layer.weight_shape(width)
+                    largest[name] = tuple(map(max, shape, largest.get(name, shape)))
+    assert {n: tuple(m.weight.shape) for n, m in supernet.layers.items()} == largest
+    assert not list(supernet.buffers())  # statistics belong to architectures, not to the supernet
+
+
+def test_a_norm_before_a_sum_starts_below_one_and_every_other_at_one() -> None:
+    supernet = supernet_of(plain_space())
+    starts = {name: m.gamma for name, m in supernet.layers.items() if hasattr(m, "gamma")}
+    for name, gamma in starts.items():
+        if gamma is not None:
+            summed = name.startswith("block0") and name.endswith("project")
+            expected = torch.full_like(gamma, 0.3 if summed else 1.0)
+            assert torch.equal(gamma.detach(), expected), name
+
+
+# ---- quantised values
+
+
+@pytest.mark.parametrize(("runtime", "levels"), [(ONNXRUNTIME, 256), (TENSORRT, 128)])
+def test_integer_ops_hand_on_values_of_the_runtimes_grid_only(
+    runtime: Runtime, levels: int
+) -> None:
+    space = rich_space(("w8a8",))
+    torch.manual_seed(0)
+    supernet = Supernet(space, runtime)
+    supernet.initialise_ranges(images(16))
+    seen: dict[str, Tensor] = {}
+    for name, module in supernet.ranges.items():
+        module.register_forward_hook(
+            lambda _module, _given, value, name=name: seen.update({name: value.detach()})
+        )
+    for architecture in choices(space, 6):
+        supernet(images(16), architecture)
+    assert any("unsigned" in name for name in seen)
+    for name, value in seen.items():
+        grid = supernet.ranges[name].grid
+        codes = value.double() / (float(supernet.ranges[name].limit) / grid.top)
+        assert (codes - codes.round()).abs().max() < 1e-4, name
+        assert codes.round().min() >= grid.low, name
+        assert codes.round().max() <= grid.high, name
+        assert 1 < len(value.unique()) <= (levels if "unsigned" in name else 256), name
+
+
+def test_an_integer_network_differs_from_the_float_one_with_the_same_weights() -> None:
+    space = plain_space()
+    supernet = supernet_of(space)
+    genes = {"block0.block": "k3e2", "block0.width": "6", "block1.block": "k3e2"}
+    logits = [
+        supernet(
+            images(8),
+            space.parse({**genes, "block0.precision": kind, "block1.precision": kind}),
+        )
+        for kind in ("fp32", "w8a8")
+    ]
+    difference = (logits[0] - logits[1]).abs().max()
+    assert 0 < difference < 0.5 * (logits[0].max() - logits[0].min())
+
+
+def test_initialising_sets_every_range_once_and_the_same_each_time() -> None:
+    space = rich_space()
+    torch.manual_seed(0)
+    untouched = Supernet(space)
+    assert all(torch.isnan(p) for p in untouched.ranges.parameters())
+    first, second = supernet_of(space), supernet_of(space)
+    limits = {name: float(p) for name, p in first.ranges.named_parameters()}
+    assert len(limits) > 10
+    assert all(np.isfinite(v) and v > 0 for v in limits.values())
+    assert limits == {name: float(p) for name, p in second.ranges.named_parameters()}
+    second.initialise_ranges(100 * images(16, seed=9))
+    assert limits == {name: float(p) for name, p in second.ranges.named_parameters()}
+
+
+def test_initialising_changes_ranges_only() -> None:
+    torch.manual_seed(0)
+    supernet = Supernet(rich_space())
+    before = snapshot(supernet)
+    supernet.initialise_ranges(images(16))
+    for name, value in supernet.state_dict().items():
+        if not name.startswith("ranges."):
+            assert torch.equal(value, before[name]), name
+
+
+def test_a_first_range_is_lsqs_formula_on_the_value_that_it_rounds() -> None:
+    space = plain_space()
+    supernet = supernet_of(space)
+    stem = conv_of(supernet, "stem//conv")
+    y = functional.conv2d(images(16), stem["weight"], padding=1)
+    value = norm_by_hand(y, stem["gamma"], stem["bias"]).relu()
+    expected = torch.minimum(2 * value.abs().mean() / 255**0.5 * 255, value.amax())
+    for choice in ("k3e2", "k5e2"):
+        limit = supernet.ranges[f"block0/{choice}/value0/8 bits unsigned"].limit
+        torch.testing.assert_close(limit.detach(), expected, rtol=1e-4, atol=0)
+
+
+# ---- recalibration
+
+
+def test_recalibrating_is_torchs_batch_norm_with_a_cumulative_mean(trained: Supernet) -> None:
+    """momentum=None in torch.nn.BatchNorm2d is the cumulative mean of the batches' statistics."""
+    batches = [images(12, seed) for seed in range(5)]
+    for architecture in choices(trained.space, 6, seed=1):
+        found = trained.recalibrate(architecture, batches)
+        network = trained.extract(architecture, found)
+        norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+        network.train()
+        with torch.no_grad():
+            for batch in batches:
+                network(batch)
+        assert len(norms) == len(found)
+        for norm, (mean, variance) in zip(norms, found.values(), strict=True):
+            torch.testing.assert_close(mean, norm.running_mean, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(variance, norm.running_var, rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_norms_mean_over_equal_batches_is_the_mean_over_all_images_at_once() -> None:
+    space = plain_space()
+    supernet = supernet_of(space)
+    batches = [images(10, seed) for seed in range(7)]
+    architecture = choices(space, 1)[0]
+    mean, variance = supernet.recalibrate(architecture, batches)[0, 0]
+    weight = supernet.layers["stem//conv"].weight.detach()
+    y = functional.conv2d(torch.cat(batches), weight, padding=1)
+    torch.testing.assert_close(mean, y.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    parts = [p.var((0, 2, 3)) for p in y.split(10)]
+    torch.testing.assert_close(variance, torch.stack(parts).mean(0), rtol=1e-4, atol=1e-6)
+    # an exponential mean of momentum 0.1 would have forgotten the first batches
+    faded = torch.zeros_like(mean)
+    for part in y.split(10):
+        faded += 0.1 * (part.mean((0, 2, 3)) - faded)
+    assert (mean - faded).abs().max() > 10 * (mean - y.mean((0, 2, 3))).abs().max()
+
+
+def test_recalibrating_on_one_batch_gives_the_forward_pass_of_that_batch(
+    trained: Supernet,
+) -> None:
+    """Degenerate case; unbiased against biased variance is the only difference left."""
+    x = images(64)
+    for architecture in choices(trained.space, 4, seed=2):
+        statistics = trained.recalibrate(architecture, [x])
+        with torch.no_grad():
+            batch, stored = trained(x, architecture), trained(x, architecture, statistics)
+        assert (batch - stored).abs().mean() < 0.05 * (batch.max() - batch.min())
+
+
+def test_recalibration_belongs_to_the_architecture_and_touches_no_parameter() -> None:
+    space = plain_space()
+    supernet = supernet_of(space)
+    base = {"block0.width": "6", "block0.precision": "fp32", "block1.precision": "fp32"}
+    left, right = (
+        space.parse({**base, "block0.block": kernel, "block1.block": "k3e2"})
+        for kernel in ("k3e2", "k5e2")
+    )
+    before = snapshot(supernet)
+    batches = [images(16, seed) for seed in range(3)]
+    alone = supernet.recalibrate(left, batches)
+    other = supernet.recalibrate(right, batches)
+    again = supernet.recalibrate(left, batches)
+    assert same(snapshot(supernet), before)
+    assert all(p.grad is None for p in supernet.parameters())
+    assert alone.keys() == other.keys() == again.keys()
+    for key in alone:
+        assert torch.equal(alone[key][0], again[key][0])
+        assert torch.equal(alone[key][1], again[key][1])
+    second_block = [key for key in alone if key[0] == 2]
+    assert len(second_block) == 3
+    assert all(not torch.equal(alone[key][0], other[key][0]) for key in second_block)
+    # the stem is the same network up to there
+    assert torch.equal(alone[0, 0][0], other[0, 0][0])
+
+
+def test_statistics_used_for_a_score_do_not_move() -> None:
+    space = plain_space()
+    supernet = supernet_of(space)
+    architecture = choices(space, 1)[0]
+    statistics = supernet.recalibrate(architecture, [images(16)])
+    kept = {key: (mean.clone(), var.clone()) for key, (mean, var) in statistics.items()}
+    supernet.train()
+    supernet(images(8, seed=5), architecture, statistics)
+    for key, (mean, variance) in statistics.items():
+        assert torch.equal(mean, kept[key][0])
+        assert torch.equal(variance, kept[key][1])

@@ -1,0 +1,295 @@
+"""Training one network: it learns, its norms are the data's, its files come back exactly."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hwnas.batches import in_order
+from hwnas.data import Images, Splits, digits
+from hwnas.recipes import TrainingRecipe
+from hwnas.retrain import accuracy, load_weights, recalibrate, retrain, save_weights
+from hwnas.spaces.base import SearchSpace
+from hwnas.spaces.mobile import Stage, mobile
+from hwnas.supernet.network import Supernet
+from profilers.modules import Network
+
+RECIPE = TrainingRecipe(steps=80, batch=32, learning_rate=0.04)
+PRECISIONS = ("fp32", "w8a8")
+
+
+def space_of(precision: str, classes: int = 10, size: int = 32) -> SearchSpace:
+    return mobile(
+        "small",
+        (Stage(1, 2, (16,), squeeze=4), Stage(2, 2, (16,))),
+        classes=classes,
+        size=size,
+        image_channels=1,
+        stem_channels=8,
+        head_channels=32,
+        kernels=(3,),
+        expansions=(3,),
+        precisions=(precision,),
+        stem_precisions=(precision,),
+        skip=False,
+    )
+
+
+def extracted(precision: str, data: Splits, seed: int = 0) -> Network:
+    """An untrained network as a search hands it on: cut out of a supernet."""
+    torch.manual_seed(seed)
+    space = space_of(precision, data.classes, data.size)
+    supernet = Supernet(space)
+    batches = [x for x, _ in in_order(data.train.first(64), 32)]
+    supernet.initialise_ranges(batches[0])
+    (architecture,) = space.enumerate()
+    return supernet.extract(architecture, supernet.recalibrate(architecture, batches))
+
+
+def quiet(label: str, done: int, steps: int) -> None:
+    """Progress to nobody."""
+
+
+def mean_loss(network: Network, images: Images) -> float:
+    with torch.no_grad():
+        losses = [
+            float(nn.functional.cross_entropy(network(x), y, reduction="sum"))
+            for x, y in in_order(images, 100)
+        ]
+    return sum(losses) / len(images)
+
+
+@pytest.fixture(scope="module")
+def data() -> Splits:
+    return digits()
+
+
+@dataclass
+class Training:
+    """A network that was trained on digits, and how (loss, accuracy) were before and after."""
+
+    network: Network
+    before: tuple[float, float]
+    after: tuple[float, float]
+    told: list[tuple[int, int]]
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def training(request: pytest.FixtureRequest, data: Splits) -> Training:
+    network = extracted(request.param, data)
+    before = mean_loss(network, data.search_val), accuracy(network, data)
+    told: list[tuple[int, int]] = []
+    retrain(
+        network, data, RECIPE, seed=0, progress=lambda _, done, steps: told.append((done, steps))
+    )
+    after = mean_loss(network, data.search_val), accuracy(network, data)
+    return Training(network, before, after, told)
+
+
+@pytest.fixture
+def trained(training: Training) -> Network:
+    return training.network
+
+
+def tiny() -> Splits:
+    rng = np.random.default_rng(0)
+
+    def split(count: int) -> Images:
+        y = np.arange(count) % 3
+        x = rng.integers(0, 60, (count, 16, 16, 1)) + 60 * y[:, None, None, None]
+        return Images(x.astype(np.uint8), y.astype(np.int64))
+
+    return Splits("tiny", split(48), split(24), split(24))
+
+
+# ---- it learns
+
+
+def test_some_tens_of_steps_on_digits_lower_the_loss_and_raise_the_accuracy(
+    training: Training,
+) -> None:
+    assert training.before[1] < 0.3  # chance is a tenth
+    assert training.after[0] < 0.7 * training.before[0]
+    assert training.after[1] > 0.7
+    assert training.told == [(step, 80) for step in range(1, 81)]
+    assert not training.network.training
+
+
+def test_retraining_depends_on_its_seed_alone() -> None:
+    data = tiny()
+    recipe = TrainingRecipe(steps=4, batch=8, learning_rate=0.01)
+    for precision in PRECISIONS:
+        states = []
+        for seed, noise in ((0, 1), (0, 2), (1, 1)):
+            network = extracted(precision, data)
+            torch.manual_seed(noise)
+            retrain(network, data, recipe, seed=seed, progress=quiet)
+            states.append(network.state_dict())
+        first, again, other = states
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_an_extracted_network_starts_where_the_shared_weights_were() -> None:
+    """No step at all: what retraining starts from is the supernet's own answer."""
+    data = tiny()
+    space = space_of("w8a8", data.classes, data.size)
+    torch.manual_seed(0)
+    supernet = Supernet(space)
+    x = torch.cat([x for x, _ in in_order(data.train, 16)])
+    supernet.initialise_ranges(x)
+    (architecture,) = space.enumerate()
+    statistics = supernet.recalibrate(architecture, [x])
+    network = supernet.extract(architecture, statistics)
+    with torch.no_grad():
+        assert torch.equal(network(x), supernet(x, architecture, statistics))
+        shared = supernet(x, architecture, statistics)
+    retrain(
+        network, data, TrainingRecipe(steps=3, batch=8, learning_rate=0.01), seed=0, progress=quiet
+    )
+    with torch.no_grad():
+        assert not torch.equal(network(x), shared)
+        assert torch.equal(supernet(x, architecture, statistics), shared)
+
+
+# ---- norms
+
+
+def norm_inputs(network: Network, batches: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """What each norm sees when every norm uses its batch."""
+    seen: dict[str, list[Tensor]] = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _module, given, name=name: seen.setdefault(name, []).append(given[0].detach())
+        )
+        for name, module in network.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+    ]
+    network.train()
+    with torch.no_grad():
+        for batch in batches:
+            network(batch)
+    for hook in hooks:
+        hook.remove()
+    network.eval()
+    return seen
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_recalibrating_on_one_big_batch_gives_that_batchs_statistics(precision: str) -> None:
+    data = tiny()
+    network = extracted(precision, data)
+    recalibrate(network, data, images=48, batch=48)
+    (x, _), *rest = in_order(data.train, 48)
+    assert not rest
+    norms = dict(network.named_modules())
+    running = {
+        name: (module.running_mean.clone(), module.running_var.clone())
+        for name, module in norms.items()
+        if isinstance(module, nn.BatchNorm2d)
+    }
+    seen = norm_inputs(network, [x])
+    assert seen.keys() == running.keys()
+    for name, (value,) in seen.items():
+        torch.testing.assert_close(running[name][0], value.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(running[name][1], value.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_recalibrating_on_several_batches_is_the_mean_of_their_statistics() -> None:
+    data = tiny()
+    network = extracted("w8a8", data)
+    recalibrate(network, data, images=32, batch=8)
+    running = {
+        name: module.running_mean.clone()
+        for name, module in network.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+    }
+    batches = [x for x, _ in in_order(data.train.first(32), 8)]
+    assert len(batches) == 4
+    for name, values in norm_inputs(network, batches).items():
+        mean = torch.stack([value.mean((0, 2, 3)) for value in values]).mean(0)
+        torch.testing.assert_close(running[name], mean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_recalibrating_moves_no_parameter_and_does_not_depend_on_what_was_there(
+    precision: str,
+) -> None:
+    data = tiny()
+    left, right = extracted(precision, data), extracted(precision, data)
+    parameters = [p.detach().clone() for p in left.parameters()]
+    for module in right.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.fill_(7.0)
+            module.running_var.fill_(9.0)
+    recalibrate(left, data)
+    recalibrate(right, data)
+    assert all(torch.equal(p, q) for p, q in zip(left.parameters(), parameters, strict=True))
+    state = right.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in left.state_dict().items())
+    assert not left.training
+
+
+def test_every_image_of_train_has_the_same_weight_in_the_recalibrated_mean(data: Splits) -> None:
+    """900 images are seven batches of 128; the four left over would weigh as much as a batch."""
+    network = extracted("fp32", data)
+    recalibrate(network, data)
+    stem = next(m for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+    found = stem.running_mean.clone()
+    seen = norm_inputs(network, [torch.cat([x for x, _ in in_order(data.train.first(896), 128)])])
+    expected = next(iter(seen.values()))[0].mean((0, 2, 3))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+# ---- accuracy and files
+
+
+def test_accuracy_is_a_hand_count_over_search_val(trained: Network, data: Splits) -> None:
+    """One image at a time; sums in another order may turn one answer that is near a tie."""
+    val = data.search_val.first(60)
+    some = Splits("some", data.train, val, val)
+    with torch.no_grad():
+        answers = [int(trained(x).argmax()) for x, _ in in_order(val, 1)]
+    right = sum(answer == kind for answer, kind in zip(answers, val.y.tolist(), strict=True))
+    assert 30 < right < 60
+    for batch in (256, 37):
+        assert accuracy(trained, some, batch=batch) == pytest.approx(right / 60, abs=1.01 / 60)
+
+
+def test_saved_weights_come_back_exactly(trained: Network, data: Splits, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "weights.pt"
+    save_weights(trained, path)
+    torch.manual_seed(123)
+    other = Network(trained.ops)
+    x, _ = next(in_order(data.search_val, 64))
+    with torch.no_grad():
+        assert not torch.equal(other.eval()(x), trained(x))
+    load_weights(other, path)
+    assert not other.training
+    mine, theirs = trained.state_dict(), other.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    with torch.no_grad():
+        assert torch.equal(other(x), trained(x))
+    assert [p.name for p in path.parent.iterdir()] == ["weights.pt"]
+
+
+def test_a_graph_of_restored_weights_is_that_of_the_trained_network(
+    trained: Network, tmp_path: Path
+) -> None:
+    save_weights(trained, tmp_path / "weights.pt")
+    other = Network(trained.ops)
+    load_weights(other, tmp_path / "weights.pt")
+    for mine, theirs in zip(
+        trained.parameters_for_graph(), other.parameters_for_graph(), strict=True
+    ):
+        assert mine.limits == theirs.limits
+        for index, weights in mine.weights.items():
+            for left, right in zip(
+                vars(weights).values(), vars(theirs.weights[index]).values(), strict=True
+            ):
+                np.testing.assert_array_equal(left, right)

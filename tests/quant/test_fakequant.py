@@ -1,0 +1,249 @@
+"""Fake quantisation against Brevitas's stand-alone layers, to the last bit."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quant import layers
+from quant.fakequant import (
+    LEAST_SCALE,
+    fake_quantise_activation,
+    fake_quantise_weight,
+    first_limit,
+)
+from quant.precision import ONNXRUNTIME, TENSORRT, Grid, Precision
+
+BITS = (2, 3, 4, 8)
+GRIDS = [(bits, signed) for bits, signed in itertools.product(BITS, (False, True))]
+
+
+def _random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _brevitas(weight: torch.Tensor, bits: int) -> torch.nn.Module:
+    """The Brevitas layer that holds a weight (out, in, k, k) or (out, in)."""
+    precision = Precision(f"w{bits}a8")
+    out, channels, *kernel = weight.shape
+    layer: torch.nn.Module
+    if kernel:
+        layer = layers.conv(
+            channels, out, kernel=kernel[0], stride=1, groups=1, bias=False, precision=precision
+        )
+    else:
+        layer = layers.linear(channels, out, precision=precision)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    return layer
+
+
+# ---- weights
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (12, 1, 5, 5), (10, 32)], ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_a_rounded_weight_equals_brevitas_bit_for_bit(bits: int, shape: tuple[int, ...]) -> None:
+    for seed in range(5):
+        weight = _random(*shape, seed=seed) * 10.0 ** (seed - 3)
+        expected = _brevitas(weight, bits).quant_weight().value
+        assert torch.equal(fake_quantise_weight(weight, bits), expected)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_long_channel_uses_every_level_and_no_other(bits: int) -> None:
+    rounded = fake_quantise_weight(torch.linspace(-1, 1, 4001).repeat(2, 1), bits)
+    assert len((rounded[0] + 0.0).unique()) == 2**bits - 1  # -0.0 is 0.0
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_largest_value_of_a_channel_stays_and_no_value_moves_more_than_half_a_step(
+    bits: int,
+) -> None:
+    weight = _random(5, 3, 3, 3)
+    rounded = fake_quantise_weight(weight, bits)
+    top = weight.abs().flatten(1).amax(1)
+    torch.testing.assert_close(rounded.abs().flatten(1).amax(1), top, rtol=1e-6, atol=0)
+    step = top / (2 ** (bits - 1) - 1)
+    moved = (rounded - weight).abs().flatten(1).amax(1)
+    assert torch.all(moved <= step * 0.5001)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rounding_a_rounded_weight_keeps_its_codes(bits: int) -> None:
+    once = fake_quantise_weight(_random(8, 4, 3, 3), bits)
+    twice = fake_quantise_weight(once, bits)
+    torch.testing.assert_close(twice, once, rtol=1e-6, atol=0)
+
+
+def test_a_channel_of_zeros_stays_zeros_and_does_not_touch_its_neighbours() -> None:
+    weight = _random(3, 4, 3, 3)
+    weight[1] = 0
+    rounded = fake_quantise_weight(weight, 8)
+    assert torch.all(rounded[1] == 0)
+    others = fake_quantise_weight(weight[[0, 2]], 8)
+    assert torch.equal(rounded[[0, 2]], others)
+
+
+def test_a_slice_of_channels_rounds_as_it_does_inside_the_whole() -> None:
+    weight = _random(8, 4, 3, 3)
+    whole = fake_quantise_weight(weight, 4)
+    assert torch.equal(fake_quantise_weight(weight[:5], 4), whole[:5])
+    assert not torch.equal(fake_quantise_weight(weight[:, :2], 4), whole[:, :2])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_gradient_of_a_weight_passes_unchanged(bits: int) -> None:
+    weight = _random(6, 4, 3, 3).requires_grad_()
+    upstream = _random(6, 4, 3, 3, seed=1)
+    fake_quantise_weight(weight, bits).backward(upstream)
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, upstream)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_gradient_of_a_weight_is_brevitas_but_for_each_channels_largest(bits: int) -> None:
+    """Brevitas also differentiates the range, which only the largest value of a channel sets."""
+    weight = _random(6, 4, 3, 3)
+    layer = _brevitas(weight, bits)
+    upstream = _random(6, 4, 3, 3, seed=1)
+    layer.quant_weight().value.backward(upstream)
+    ours = weight.clone().requires_grad_()
+    fake_quantise_weight(ours, bits).backward(upstream)
+    assert ours.grad is not None
+    difference = (layer.weight.grad - ours.grad).abs().flatten(1)
+    assert torch.equal((difference > 1e-6).sum(1), torch.ones(6, dtype=torch.int64))
+    assert torch.equal(difference.argmax(1), weight.abs().flatten(1).argmax(1))
+
+
+# ---- activations
+
+
+@pytest.mark.parametrize(("bits", "signed"), GRIDS)
+def test_a_rounded_activation_equals_brevitas_bit_for_bit(bits: int, signed: bool) -> None:
+    grid = ONNXRUNTIME.grid(bits, signed=signed)
+    brevitas = layers.ActivationQuantiser(bits, grid)
+    for seed, limit in enumerate((0.03, 0.7, 3.3, 250.0)):
+        value = _random(2, 3, 7, 7, seed=seed) * limit
+        brevitas.limit = limit
+        ours = fake_quantise_activation(value, torch.tensor(limit), grid)
+        assert torch.equal(ours, brevitas(value))
+
+
+@pytest.mark.parametrize(("bits", "signed"), GRIDS)
+def test_the_gradients_of_an_activation_are_brevitas_with_lsqs_scale(
+    bits: int, signed: bool
+) -> None:
+    grid = ONNXRUNTIME.grid(bits, signed=signed)
+    brevitas = layers.ActivationQuantiser(bits, grid)
+    for seed, start in enumerate((0.7, 3.3)):
+        brevitas.limit = start
+        value = _random(2, 3, 5, 5, seed=seed) * 3
+        upstream = _random(2, 3, 5, 5, seed=seed + 10)
+        theirs = value.clone().requires_grad_()
+        brevitas.zero_grad()
+        brevitas(theirs).backward(upstream)
+        ours, limit = value.clone().requires_grad_(), torch.tensor(start, requires_grad=True)
+        fake_quantise_activation(ours, limit, grid).backward(upstream)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-6)
+        share = (value.numel() * grid.high) ** -0.5
+        expected = _range_gradient(brevitas)
+        assert limit.grad is not None
+        assert float(limit.grad) == pytest.approx(expected * share, rel=1e-3, abs=1e-5 * share)
+
+
+def _range_gradient(quantiser: layers.ActivationQuantiser) -> float:
+    (parameter,) = quantiser.parameters()
+    assert parameter.grad is not None
+    return float(parameter.grad)
+
+
+def test_the_gradient_of_the_limit_matches_equation_3_of_lsq_written_out() -> None:
+    """Esser et al. 2019: dx_q/ds is -x/s + round(x/s) inside, and -Q_N or Q_P outside."""
+    grid, limit = Grid(-4, 3, 4), 2.0
+    values = [-9.0, -2.3, -0.6, 0.0, 0.2, 1.1, 1.9, 8.0]
+    step = limit / grid.top
+    expected = 0.0
+    for value in values:
+        code = round(value / step)
+        expected += min(max(code, grid.low), grid.high)
+        expected -= value / step if grid.low <= code <= grid.high else 0.0
+    expected *= (len(values) * grid.high) ** -0.5 / grid.top
+    learned = torch.tensor(limit, requires_grad=True)
+    fake_quantise_activation(torch.tensor(values), learned, grid).sum().backward()
+    assert learned.grad is not None
+    assert float(learned.grad) == pytest.approx(expected, rel=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from(BITS),
+    signed=st.booleans(),
+    limit=st.floats(2**-10, 2**10, width=32),
+    values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=30),
+)
+def test_an_activation_lands_on_a_code_of_the_grid_within_half_a_step(
+    bits: int, signed: bool, limit: float, values: list[float]
+) -> None:
+    for runtime in (ONNXRUNTIME, TENSORRT):
+        grid = runtime.grid(bits, signed=signed)
+        step = limit / grid.top
+        value = torch.tensor(values)
+        rounded = fake_quantise_activation(value, torch.tensor(limit), grid)
+        codes = rounded.double() / step
+        assert torch.all((codes - codes.round()).abs() < 1e-3)
+        assert torch.all((codes.round() >= grid.low) & (codes.round() <= grid.high))
+        inside = value.clamp(grid.low * step, grid.high * step)
+        assert torch.all((rounded - inside).abs() <= 0.501 * step)
+        again = fake_quantise_activation(rounded, torch.tensor(limit), grid)
+        assert torch.equal(again, rounded)
+
+
+@pytest.mark.parametrize(("bits", "signed"), GRIDS)
+def test_a_fine_ramp_over_the_range_uses_all_codes_of_the_grid(bits: int, signed: bool) -> None:
+    for runtime in (ONNXRUNTIME, TENSORRT):
+        grid = runtime.grid(bits, signed=signed)
+        rounded = fake_quantise_activation(torch.linspace(-2, 2, 9001), torch.tensor(1.0), grid)
+        assert len((rounded + 0.0).unique()) == grid.high - grid.low + 1
+
+
+def test_a_negative_limit_rounds_as_its_magnitude_and_learns_in_the_mirror() -> None:
+    grid = ONNXRUNTIME.grid(4, signed=False)
+    value, upstream = _random(40), _random(40, seed=1)
+    results = []
+    for start in (1.5, -1.5):
+        limit = torch.tensor(start, requires_grad=True)
+        rounded = fake_quantise_activation(value, limit, grid)
+        rounded.backward(upstream)
+        assert limit.grad is not None
+        results.append((rounded.detach(), float(limit.grad)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == -results[1][1] != 0
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_first_limit_is_lsqs_step_times_the_top_code_up_to_the_largest_value(
+    bits: int, signed: bool
+) -> None:
+    grid = ONNXRUNTIME.grid(bits, signed=signed)
+    spread, flat = [1.0] * 9_999 + [-500.0], [1.0, -3.0, 2.0, 0.0]
+    for values, lsq in ((spread, True), (flat, False)):
+        value = torch.tensor(values, requires_grad=True)
+        limit = first_limit(value, grid)
+        mean, largest = np.mean(np.abs(values)), np.max(np.abs(values))
+        expected = 2 * mean / grid.high**0.5 * grid.top
+        assert (expected < largest) == lsq
+        assert float(limit) == pytest.approx(expected if lsq else largest, rel=1e-5)
+        assert not limit.requires_grad
+
+
+def test_the_first_limit_of_zeros_is_positive_and_rounds_zeros_to_zeros() -> None:
+    grid = ONNXRUNTIME.grid(8, signed=False)
+    zeros = torch.zeros(10)
+    limit = first_limit(zeros, grid)
+    assert float(limit) >= LEAST_SCALE * 0.999
+    assert torch.equal(fake_quantise_activation(zeros, limit, grid), zeros)
