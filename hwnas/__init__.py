@@ -18,9 +18,9 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Architecture": "hwnas.spaces.base",
     "Choice": "hwnas.spaces.base",
-    "Job": "hwnas.run",
+    "Job": "hwnas.job",
     "Position": "hwnas.spaces.base",
-    "Request": "hwnas.run",
+    "Request": "hwnas.job",
     "SearchSpace": "hwnas.spaces.base",
     "State": "hwnas.spaces.base",
     "mobile": "hwnas.spaces.mobile",

@@ -61,7 +61,9 @@ class CalibrationRecipe:
 class Recipe:
     """A whole search. `evaluations` is the number of architectures that each strategy scores, in
     generations of `population`; `finalists` are retrained. Whole networks are measured in
-    `processes` fresh processes.
+    `processes` fresh processes. A file ships only if it answers as its PyTorch network on
+    `least_agreement` of the images: integer files round biases to the accumulator's grid, which
+    moves answers near a tie.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Recipe:
     validation_images: int
     finalists: int
     processes: int = 5
+    least_agreement: float = 0.97
     calibration: CalibrationRecipe = field(default_factory=CalibrationRecipe)
     protocol: Protocol = field(default_factory=Protocol)
 
@@ -98,6 +101,7 @@ RECIPES = {
         validation_images=100,
         finalists=2,
         processes=2,
+        least_agreement=0.0,
         calibration=CalibrationRecipe(fit=12, bound=19, test=8),
     ),
 }

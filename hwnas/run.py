@@ -6,90 +6,45 @@ is decided from the table, before any training.
 
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 
-import hwnas.data
 from hwnas import store
-from hwnas.costs.feasible import FeasibleSet, Range, reachable
-from hwnas.costs.limits import Limit, latency_cost
+from hwnas.costs.feasible import FeasibleSet
+from hwnas.costs.limits import Limit
 from hwnas.costs.population import genes_of, totals
-from hwnas.costs.samplers import UniformSampler
-from hwnas.data import Splits
 from hwnas.export import certificate as certificates
 from hwnas.export.onnx_file import Agreement, accuracy, agreement, write_onnx
-from hwnas.methods.registry import method
-from hwnas.recipes import recipe
+from hwnas.job import Job, Request, measure, plan, request_of
+from hwnas.loop import limits_name, ranked, run_strategy, searches
 from hwnas.report import page
 from hwnas.retrain import accuracy as torch_accuracy
 from hwnas.retrain import load_weights, retrain, save_weights
-from hwnas.search.base import Strategy
-from hwnas.search.random import RandomSearch
 from hwnas.spaces.base import Architecture, SearchSpace
-from hwnas.spaces.registry import load_space
-from hwnas.store import History, Proposal, Run, RunConfig, read_run
+from hwnas.store import History, Run, read_run
 from hwnas.supernet.evaluator import Evaluator
 from hwnas.supernet.network import Supernet
 from hwnas.supernet.trainer import load_supernet, train_supernet
 from latency_tables.files import write_atomically, write_text
-from latency_tables.model import LatencyModel, MeasuredNetwork, calibrate
 from latency_tables.ops import peak_activation_bytes, total
-from latency_tables.table import Host, LatencyTable
-from profilers.base import Profiler
-from profilers.build import Progress, build_rows, measure_models, minutes, open_table, quiet
-from profilers.devices import open_profiler
-from profilers.graphs import emit, random_parameters
+from latency_tables.table import Host
+from profilers.build import Progress
 from profilers.measure import Measurement
 from profilers.modules import Network
 from quant.errors import HwnasError, InvalidInput, Unstable
 
 __all__ = [
-    "FeasibleSet", "Job", "Request", "export", "open_run", "plan", "profile", "read_limits",
+    "FeasibleSet", "Job", "Request", "export", "limits_name", "open_run", "plan", "read_limits",
     "read_run", "remeasure", "request_of", "result_rows", "retrain_finalists", "search",
     "search_to_certificate", "torch_accuracy", "train", "verify",
 ]  # fmt: skip
-
-CALIBRATION_SEED = 1
-BASELINE = "random"
-LEAST_NETWORKS = 10
-LEAST_AGREEMENT = 0.97
-"""The share of images on which a shipped file must answer as its PyTorch network does; int8 files
-round biases to the accumulator's grid, which moves answers near a tie."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a run is asked to be of, and where things are kept."""
-
-    space: str = "mobile-tiny"
-    data: str = "digits"
-    device: str = "cpu"
-    threads: int = 1
-    batch: int = 1
-    method: str = "spos"
-    recipe: str = "quick"
-    seed: int = 0
-    tables: Path = Path("tables")
-    run: Path | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `profile` will do: rows to measure, and about how long all of it takes."""
-
-    rows: int
-    missing: int
-    networks: int
-    minutes: float
 
 
 @dataclass(frozen=True)
@@ -100,157 +55,6 @@ class Finalist:
     search_val: float
     latency_ms: float
     upper_latency_ms: float
-
-
-class Job:
-    """A request made concrete: data, space, profiler, table; everything made on first use."""
-
-    def __init__(self, request: Request, progress: Progress = quiet) -> None:
-        self.request = request
-        self.progress = progress
-        self.recipe = recipe(request.recipe)
-        self.method = method(request.method)
-
-    @cached_property
-    def splits(self) -> Splits:
-        """The data."""
-        return hwnas.data.load(self.request.data)
-
-    @cached_property
-    def space(self) -> SearchSpace:
-        """The space, for the data's classes and images."""
-        data = self.splits
-        return load_space(
-            self.request.space, classes=data.classes, image_channels=data.channels, size=data.size
-        )
-
-    @cached_property
-    def profiler(self) -> Profiler:
-        """The device in its condition."""
-        request = self.request
-        return open_profiler(request.device, threads=request.threads, batch=request.batch)
-
-    @property
-    def table_path(self) -> Path:
-        """Where this condition's table is kept."""
-        return self.request.tables / self.profiler.host().file_name
-
-    @property
-    def model_name(self) -> str:
-        """Under which the table keeps this space's latency model."""
-        networks = self.recipe.calibration.networks
-        return f"{self.space.name} {self.space.fingerprint} from {networks} networks"
-
-    @cached_property
-    def table(self) -> LatencyTable:
-        """The table with every row and the latency model; measured now where it is missing."""
-        return profile(self)
-
-    @property
-    def model(self) -> LatencyModel:
-        """What the table predicts for this space."""
-        return self.table.models[self.model_name]
-
-    def config(self) -> RunConfig:
-        """The identity of the request's run."""
-        request = self.request
-        return RunConfig(
-            space=request.space,
-            space_fingerprint=self.space.fingerprint,
-            data=request.data,
-            data_fingerprint=self.splits.fingerprint,
-            device=request.device,
-            threads=request.threads,
-            batch=request.batch,
-            method=request.method,
-            recipe=request.recipe,
-            seed=request.seed,
-        )
-
-    def latency_limit(self, value_ms: float) -> Limit:
-        """The limit on this device's latency."""
-        if not value_ms > 0:
-            raise InvalidInput(
-                f"--latency-ms is {value_ms}.", accepted="a positive number of milliseconds"
-            )
-        return Limit(latency_cost(self.space, self.table, self.model), value_ms)
-
-    def latency_range(self) -> Range:
-        """The smallest and largest upper bound that the space can reach."""
-        return reachable(self.space, latency_cost(self.space, self.table, self.model))
-
-
-def request_of(run: Run, tables: Path) -> Request:
-    """The request that a run answers."""
-    fields = run.config.model_dump(exclude={"space_fingerprint", "data_fingerprint"})
-    return Request(**fields, tables=tables, run=run.path)
-
-
-# ---- profile
-
-
-def plan(job: Job) -> Plan:
-    """What is missing from the table, and how long measuring it will take."""
-    protocol = job.recipe.protocol
-    table = open_table(job.profiler, job.table_path, protocol)
-    missing = len(table.missing(job.space.lattice.ops))
-    networks = (
-        0 if job.model_name in table.models and not missing else job.recipe.calibration.networks
-    )
-    return Plan(
-        rows=len(job.space.lattice.ops),
-        missing=missing,
-        networks=networks,
-        minutes=minutes(job.profiler, missing + 2 * networks, protocol),
-    )
-
-
-def profile(job: Job) -> LatencyTable:
-    """Measure the rows that are missing, and calibrate the latency model on whole networks."""
-    protocol = job.recipe.protocol
-    before = open_table(job.profiler, job.table_path, protocol)
-    grown = bool(before.missing(job.space.lattice.ops))
-    table = build_rows(job.profiler, job.space.lattice.ops, job.table_path, protocol, job.progress)
-    if grown or job.model_name not in table.models:
-        table.models[job.model_name] = _calibrate(job, table)
-        table.save(job.table_path)
-    return table
-
-
-def _calibrate(job: Job, table: LatencyTable) -> LatencyModel:
-    counts = job.recipe.calibration
-    sampler = UniformSampler(job.space)
-    rng = np.random.default_rng(CALIBRATION_SEED)
-    chosen: dict[Architecture, None] = {}
-    for _ in range(20 * counts.networks):
-        if len(chosen) == counts.networks:
-            break
-        chosen[sampler.sample(rng)] = None
-    if len(chosen) < LEAST_NETWORKS:
-        raise InvalidInput(
-            f"The space {job.space.name} has too few networks to calibrate on ({len(chosen)}).",
-            accepted=f"a space with at least {LEAST_NETWORKS}",
-        )
-    chains = [job.space.lower(architecture) for architecture in chosen]
-    with tempfile.TemporaryDirectory() as folder:
-        paths = []
-        for number, ops in enumerate(chains):
-            parameters = [random_parameters(op, np.random.default_rng([number, i]))
-                          for i, op in enumerate(ops)]  # fmt: skip
-            model = emit(ops, parameters, job.profiler.runtime)
-            job.profiler.check(model)
-            paths.append(Path(folder) / f"{number}.onnx")
-            paths[-1].write_bytes(model.SerializeToString())
-        measured = _measure(job, paths)
-    networks = [
-        MeasuredNetwork(
-            tuple((row.precision, row.median_us) for row in map(table.lookup, ops)), m.median_us
-        )
-        for ops, m in zip(chains, measured, strict=True)
-    ]
-    fit = max(4, round(len(networks) * counts.fit / counts.networks))
-    bound = max(1, round(len(networks) * counts.bound / counts.networks))
-    return calibrate(networks[:fit], networks[fit : fit + bound], networks[fit + bound :])
 
 
 # ---- train
@@ -300,103 +104,31 @@ def search(job: Job, run: Run, limits: Sequence[Limit]) -> list[Finalist]:
     """
     feasible = FeasibleSet(job.space, limits)
     result = run.result(limits_name(limits))
-    finalists = result / "finalists.json"
-    if not finalists.exists():
+    asked = {"limits": {limit.cost.name: limit.value for limit in limits}, "table": job.table_id}
+    if not _is_answered(result, asked):
         score = evaluator(job, train(job, run))
-        history = History(run.history)
-        try:
-            for name in (job.method.name, BASELINE):
-                _run_strategy(job, _strategy(job, name, feasible), name, score, history)
-            ranked = _ranked(feasible, history, _searches(job, limits))
-        finally:
-            history.close()
-        chosen = [_finalist(feasible, a, acc) for a, acc in ranked[: job.recipe.finalists]]
-        content = {
-            "limits": {limit.cost.name: limit.value for limit in limits},
-            "finalists": [asdict(item) for item in chosen],
-        }
+        names = searches(job, limits)
+        with closing(History(run.history)) as history:
+            for name in names:
+                run_strategy(job, name, feasible, score, history)
+            best = ranked(feasible, history, list(names.values()))
+        chosen = [_finalist(feasible, a, acc) for a, acc in best[: job.recipe.finalists]]
         job.table.save(run.table)
-        write_text(finalists, json.dumps(content, indent=2) + "\n")
+        for stale in (*result.glob("finalist-*"), *result.glob("certificate.json")):
+            stale.unlink()
+        content = {**asked, "finalists": [asdict(item) for item in chosen]}
+        write_text(result / "finalists.json", json.dumps(content, indent=2) + "\n")
         run.log("search", limits=limits_name(limits), finalists=len(chosen))
     run.point_to(result)
     return read_finalists(result)
 
 
-def limits_name(limits: Sequence[Limit]) -> str:
-    """The name of a set of limits, such as `latency_ms=0.21`."""
-    return ",".join(f"{limit.cost.name}={limit.value:.6g}" for limit in limits)
-
-
-def _searches(job: Job, limits: Sequence[Limit]) -> dict[str, str]:
-    """The history's name of each strategy's search."""
-    return {
-        name: f"{name} {limits_name(limits)} table {job.model.upper_ratio:.6g}"
-        for name in (job.method.name, BASELINE)
-    }
-
-
-def _strategy(job: Job, name: str, feasible: FeasibleSet) -> Strategy:
-    if name == BASELINE:
-        return RandomSearch(feasible, seed=job.request.seed)
-    return job.method.strategy(feasible, job.request.seed, job.recipe)
-
-
-def _run_strategy(
-    job: Job, strategy: Strategy, name: str, score: Evaluator, history: History
-) -> None:
-    """Ask, score, tell, until the recipe's evaluations are done or nothing is left to propose."""
-    feasible: FeasibleSet = strategy.feasible
-    limits = {limit.cost.name: limit.value for limit in feasible.limits}
-    search_name = _searches(job, feasible.limits)[name]
-    known = history.generations(search_name)
-    budget, done, number = job.recipe.evaluations, 0, 0
-    while done < budget:
-        if number < len(known):
-            architectures = [Architecture(genes) for genes in known[number]]
-        else:
-            architectures = strategy.ask(min(job.recipe.population, budget - done))
-            proposals = [Proposal(a.genes, _bounds(feasible, a)) for a in architectures]
-            history.add_generation(search_name, number, proposals, limits, strategy.rejected)
-        if not architectures:
-            return
-        scores = []
-        for architecture in architectures:
-            found = history.score(architecture.genes)
-            if found is None:
-                evaluation = score(architecture)
-                history.add_score(architecture.genes, evaluation.accuracy, evaluation.loss)
-                found = (evaluation.accuracy, evaluation.loss)
-            scores.append((found[0], -found[1]))
-            done += 1
-            job.progress(f"scoring architectures ({name})", done, budget)
-        strategy.tell(architectures, scores)
-        number += 1
-
-
-def _bounds(feasible: FeasibleSet, architecture: Architecture) -> dict[str, float]:
-    genes = genes_of([architecture])
-    return {
-        limit.cost.name: limit.cost.upper(
-            float(totals(feasible.space, limit.cost.per_op, genes)[0])
-        )
-        for limit in feasible.limits
-    }
-
-
-def _ranked(
-    feasible: FeasibleSet, history: History, searches: dict[str, str]
-) -> list[tuple[Architecture, float]]:
-    """Every scored architecture of these searches, best first, with its accuracy."""
-    scores: dict[Architecture, tuple[float, float]] = {}
-    for search_name in searches.values():
-        for generation in history.generations(search_name):
-            for genes in generation:
-                if found := history.score(genes):
-                    scores[Architecture(genes)] = (found[0], -found[1])
-    inside = feasible.contains(list(scores))
-    kept = [a for a, fits in zip(scores, inside, strict=True) if fits]
-    kept.sort(key=lambda a: scores[a], reverse=True)
-    return [(a, scores[a][0]) for a in kept]
+def _is_answered(result: Path, asked: dict[str, Any]) -> bool:
+    """Whether a result holds the finalists of this very question."""
+    if not (result / "finalists.json").exists():
+        return False
+    outcome = _search_outcome(result)
+    return all(outcome.get(name) == value for name, value in asked.items())
 
 
 def _finalist(feasible: FeasibleSet, architecture: Architecture, search_val: float) -> Finalist:
@@ -482,7 +214,7 @@ def export(job: Job, run: Run, result: Path) -> list[Candidate]:
         with job.profiler.prepare(model) as session:
             agreed = agreement(network, session, images.first(1000))
             right = accuracy(session, images)
-        if agreed.same_class < LEAST_AGREEMENT and job.request.recipe != "smoke":
+        if agreed.same_class < job.recipe.least_agreement:
             raise HwnasError(
                 f"{path} answers as its PyTorch network on {agreed.same_class:.1%} of the images "
                 f"only, so it is not shipped.",
@@ -501,7 +233,7 @@ def verify(job: Job, run: Run, limits: Sequence[Limit]) -> dict[str, Any]:
     """
     result = run.result(limits_name(limits))
     candidates = export(job, run, result)
-    measured = _measure(job, [candidate.path for candidate in candidates])
+    measured = measure(job, [candidate.path for candidate in candidates])
     latency = next(limit for limit in limits if limit.cost.name == "latency_ms")
     under = [
         (candidate, m)
@@ -514,7 +246,7 @@ def verify(job: Job, run: Run, limits: Sequence[Limit]) -> dict[str, Any]:
             f"All {len(candidates)} finalists measure over {latency.value:.6g} ms (the fastest "
             f"{least:.6g} ms), though their predicted bounds are under it: the machine now runs "
             "slower than when its table was measured.",
-            next_step="profile again on a quiet machine, then run the same command",
+            next_step="run the same command again, or profile again on a quiet machine",
         )
     shipped, measurement = max(under, key=lambda item: item[0].search_val)
     finalist = read_finalists(result)[shipped.number]
@@ -548,7 +280,7 @@ def remeasure(job: Job, result: Path) -> dict[str, Any]:
             f"The certificate was made on another host ({difference}).",
             next_step="profile and search on this one",
         )
-    measured = _measure(job, [file])[0]
+    measured = measure(job, [file])[0]
     with job.profiler.prepare(onnx.load(file)) as session, job.splits.final() as images:
         test = accuracy(session, images)
     return {
@@ -556,13 +288,6 @@ def remeasure(job: Job, result: Path) -> dict[str, Any]:
         "measured": _measured(measured),
         "accuracy": {**content["accuracy"], "test": test},
     }
-
-
-def _measure(job: Job, paths: Sequence[Path]) -> list[Measurement]:
-    """The latency of model files, each in the recipe's number of fresh processes."""
-    return measure_models(
-        job.profiler, paths, job.recipe.protocol, job.progress, processes=job.recipe.processes
-    )
 
 
 def _measured(m: Measurement) -> dict[str, Any]:
@@ -631,7 +356,9 @@ def search_to_certificate(job: Job, run: Run, limits: Sequence[Limit]) -> dict[s
     search(job, run, limits)
     result = run.result(limits_name(limits))
     file = result / "certificate.json"
-    content = certificates.read_certificate(file) if file.exists() else verify(job, run, limits)
+    content = certificates.read_certificate(file) if file.exists() else None
+    if content is None or not content["measured"]["stable"]:
+        content = verify(job, run, limits)
     summary = {
         "status": "ok" if content["measured"]["stable"] else "unstable",
         "exit_code": 0 if content["measured"]["stable"] else Unstable.exit_code,
@@ -669,43 +396,29 @@ def feasible_range(feasible: FeasibleSet) -> dict[str, dict[str, float]]:
 
 
 def _search_facts(job: Job, run: Run, feasible: FeasibleSet) -> dict[str, Any]:
-    history = History(run.history)
-    try:
-        names = _searches(job, feasible.limits)
-        best = {
-            name: _ranked(feasible, history, {name: search_name})[:1]
-            for name, search_name in names.items()
-        }
+    names = searches(job, feasible.limits)
+    with closing(History(run.history)) as history:
+        best = {name: ranked(feasible, history, [names[name]])[:1] for name in names}
+        mine = names[job.method.name]
         return {
-            "evaluated": sum(map(len, history.generations(names[job.method.name]))),
-            "rejected": history.rejected(names[job.method.name]),
+            "evaluated": sum(map(len, history.generations(mine))),
+            "rejected": history.rejected(mine),
             "search_val_shared_weights": {
                 name: found[0][1] if found else None for name, found in best.items()
             },
         }
-    finally:
-        history.close()
 
 
-def _points(
-    job: Job, run: Run, feasible: FeasibleSet
-) -> tuple[list[tuple[float, float, str]], list[tuple[float, float, str]]]:
-    """(latency in ms, accuracy, genes) of everything that the method and the baseline scored."""
-    history = History(run.history)
-    try:
-        names = _searches(job, feasible.limits)
-        found = []
-        for name in (job.method.name, BASELINE):
-            ranked = _ranked(feasible, history, {name: names[name]})
-            found.append(
-                [
-                    (_finalist(feasible, a, acc).latency_ms, acc, _label(job.space, a))
-                    for a, acc in ranked
-                ]
-            )
-        return found[0], found[1]
-    finally:
-        history.close()
+def _points(job: Job, run: Run, feasible: FeasibleSet) -> list[list[page.Point]]:
+    """What the method and the baseline scored: latency in ms, accuracy, what was chosen."""
+    with closing(History(run.history)) as history:
+        return [
+            [
+                (_finalist(feasible, a, right).latency_ms, right, _label(job.space, a))
+                for a, right in ranked(feasible, history, [name])
+            ]
+            for name in searches(job, feasible.limits).values()
+        ]
 
 
 def _label(space: SearchSpace, architecture: Architecture) -> str:

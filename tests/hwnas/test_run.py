@@ -1,16 +1,18 @@
 """The whole path, on the simulated device and on a small space of this file's own."""
 
+import dataclasses
 import json
 import os
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -21,8 +23,11 @@ from hwnas.run import Job, Request
 from hwnas.spaces.base import Architecture
 from hwnas.store import Run
 from hwnas.supernet.evaluator import Evaluation, Evaluator
+from latency_tables.table import LatencyTable
+from profilers import simulated
 from profilers.build import Progress, quiet
-from quant.errors import InvalidInput, Unreachable
+from profilers.measure import Measurement, summarise
+from quant.errors import InvalidInput, Unreachable, Unstable
 
 SPACE = str(Path(__file__).parents[2] / "examples" / "own_space.py") + ":space"
 
@@ -243,3 +248,58 @@ def _quiet_threads() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_a_table_measured_anew_is_searched_anew(tmp_path: Path) -> None:
+    job, run, summary = certified(tmp_path)
+    result = Path(summary["model"]).parent
+    path = job.table_path
+    slower = LatencyTable.load(path)
+    for key, row in slower.rows.items():
+        fields = {"median_us": row.median_us * 1.5, "p95_us": row.p95_us * 1.5}
+        slower.rows[key] = dataclasses.replace(row, **fields)
+    slower.save(path)
+    again = job_in(tmp_path)
+    limit = again.latency_limit(summary["limits"]["latency_ms"]["value"])
+    assert again.table_id != job.table_id
+    finalists = hwnas.run.search(again, run, [limit])
+    assert all(finalist.upper_latency_ms <= limit.value for finalist in finalists)
+    assert not (result / "certificate.json").exists()
+    assert not list(result.glob("finalist-*"))
+
+
+def test_an_unstable_measurement_is_taken_again(
+    finished: tuple[Job, Run, dict[str, Any]],
+) -> None:
+    job, run, summary = finished
+    file = Path(summary["certificate"])
+    content = json.loads(file.read_text())
+    content["measured"]["stable"] = False
+    file.write_text(json.dumps(content))
+    limit = job.latency_limit(summary["limits"]["latency_ms"]["value"])
+    again = hwnas.run.search_to_certificate(job, run, [limit])
+    assert again["measured"]["stable"] is True
+    assert json.loads(file.read_text())["measured"]["stable"] is True
+
+
+def test_finalists_that_all_measure_over_the_limit_are_not_shipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_in(tmp_path)
+    run = hwnas.run.open_run(job)
+    limit = job.latency_limit(middle(job))
+    hwnas.run.search(job, run, [limit])
+    monkeypatch.setattr(simulated, "CALL_US", 10_000.0)
+    monkeypatch.setattr(hwnas.run, "measure", measured_here)
+    with pytest.raises(Unstable, match="measure over"):
+        hwnas.run.verify(job, run, [limit])
+    assert not (run.best() / "model.onnx").exists()
+
+
+def measured_here(job: Job, paths: Sequence[Path]) -> list[Measurement]:
+    """The same measurement without fresh processes, so that this process's device counts."""
+    found = []
+    for path in paths:
+        with job.profiler.prepare(onnx.load(path)) as session:
+            found.append(summarise([session.block(job.recipe.protocol)], job.recipe.protocol))
+    return found
