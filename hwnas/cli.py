@@ -1,6 +1,7 @@
 """The commands: parse, call one function of `hwnas.run`, print."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -162,7 +163,8 @@ def search(
         _announce_profile(job)
         found = job.latency_range()
         if latency_ms is None:
-            latency_ms = found.smallest + (limit_fraction or 0.0) * (found.largest - found.smallest)
+            share = (limit_fraction or 0.0) * (found.largest - found.smallest)
+            latency_ms = _rounded_up(found.smallest + share)
         limit = job.latency_limit(latency_ms)
         _announce_limit(latency_ms, found.smallest, found.largest)
         hwnas.run.FeasibleSet(job.space, [limit])
@@ -358,6 +360,12 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[label], completed=done, total=total)
 
         yield tell
+
+
+def _rounded_up(value: float, digits: int = 4) -> float:
+    """The value with a few significant digits, never less than it was."""
+    unit = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
+    return float(f"{math.ceil(value / unit) * unit:.{digits}g}")
 
 
 def _announce_profile(job: "Job") -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,11 +134,11 @@ class Job:
 
     def latency_limit(self, value_ms: float) -> Limit:
         """The limit on this device's latency."""
-        if not value_ms > 0:
+        if not 0 < value_ms < math.inf:
             raise InvalidInput(
                 f"--latency-ms is {value_ms}.", accepted="a positive number of milliseconds"
             )
-        return Limit(latency_cost(self.space, self.table, self.model), value_ms)
+        return Limit(latency_cost(self.space, self.table, self.model), float(value_ms))
 
     def latency_range(self) -> Range:
         """The smallest and largest upper bound that the space can reach."""

@@ -16,8 +16,8 @@ BASELINE = "random"
 
 
 def limits_name(limits: Sequence[Limit]) -> str:
-    """The name of a set of limits, such as `latency_ms=0.21`."""
-    return ",".join(f"{limit.cost.name}={limit.value:.6g}" for limit in limits)
+    """The name of a set of limits, such as `latency_ms=0.21`; other limits have other names."""
+    return ",".join(f"{limit.cost.name}={limit.value!r}" for limit in limits)
 
 
 def searches(job: Job, limits: Sequence[Limit]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from hwnas import cli
 from hwnas.cli import app
 
 SPACE = str(Path(__file__).parents[2] / "examples" / "own_space.py") + ":space"
@@ -219,3 +220,10 @@ def test_ctrl_c_is_code_130_and_the_same_command_goes_on(tmp_path: Path) -> None
     assert "goes on where" in told
     assert json.loads(out)["status"] == "interrupted"
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("value", [0.0237413, 0.99999, 1.0, 123.45, 0.13350817, 7e-9])
+def test_a_limit_from_a_fraction_is_short_and_never_below_the_value(value: float) -> None:
+    rounded = cli._rounded_up(value)
+    assert value <= rounded <= value * 1.001
+    assert len(f"{rounded:.12g}".replace(".", "").strip("0")) <= 5

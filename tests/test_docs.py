@@ -1,0 +1,59 @@
+"""The documents say what the code does."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from hwnas.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+
+
+def test_the_first_block_of_the_readme_is_the_demo() -> None:
+    first = re.search(r"```sh\n(.*?)```", README, re.DOTALL)
+    assert first
+    assert first[1].strip() == "make demo"
+
+
+def test_every_command_is_in_the_readme() -> None:
+    for name in COMMANDS:
+        assert re.search(rf"\b{name}\b", README), name
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md"])
+def test_every_command_line_in_a_document_parses(document: str) -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    for line in re.findall(r"^hwnas (\w+)([^\n#|]*)", "".join(blocks), re.MULTILINE):
+        name, rest = line
+        options = {flag for option in COMMANDS[name].params for flag in option.opts}
+        assert set(re.findall(r"--[\w-]+", rest)) <= options, line
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md"])
+def test_every_make_target_in_a_document_is_there(document: str) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_file_that_the_architecture_names_is_there() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    named = re.findall(r"`((?:hwnas|profilers|quant|latency_tables|examples)/[\w/.]+)`", text)
+    assert len(named) > 10
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def test_the_readme_marks_the_gpu_until_a_result_of_one_is_committed() -> None:
+    measured = list((ROOT / "benchmarks" / "results").glob("gpu*.json"))
+    assert bool(measured) != ("TensorRT | not built yet" in README)
+
+
+def test_no_document_quotes_a_path_of_a_machine() -> None:
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("*/*.py"), *ROOT.glob("hwnas/*/*.py")]:
+        assert not re.search(r"/(root|home|work|tmp)/", path.read_text()), path
