@@ -2,16 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from hwnas.batches import in_order, step_batch
 from hwnas.data import Splits
 from hwnas.recipes import TrainingRecipe
-from latency_tables.files import write_atomically
+from hwnas.weights import damaged, load_state, save_state
 from profilers.modules import Network
-from quant.errors import InvalidInput
 
 
 def retrain(
@@ -63,17 +61,14 @@ def accuracy(network: Network, splits: Splits, *, batch: int = 256) -> float:
 
 def save_weights(network: Network, path: Path) -> None:
     """Write a network's weights atomically."""
-    state: dict[str, Any] = network.state_dict()
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    save_state(network.state_dict(), path)
 
 
 def load_weights(network: Network, path: Path) -> None:
     """Read what `save_weights` wrote into a network of the same ops."""
+    state = load_state(path)
     try:
-        network.load_state_dict(torch.load(path, weights_only=True))
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise InvalidInput(
-            f"{path} does not hold this network's weights ({type(error).__name__}).",
-            next_step="remove it; the network is then trained again",
-        ) from error
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise damaged(path, error) from error
     network.eval()

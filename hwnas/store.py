@@ -194,6 +194,7 @@ class History:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -278,14 +279,21 @@ class History:
     def add_score(self, genes: tuple[int, ...], accuracy: float, loss: float) -> None:
         """Write a score."""
         row = (json.dumps(genes), accuracy, loss)
-        self._db.execute("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", row)
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", row)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN")
         try:
+            self._db.execute("BEGIN")
             yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.OperationalError):
+                raise InvalidInput(
+                    f"{self._path} cannot be written: {error}.",
+                    next_step="free some space; the same command then goes on",
+                ) from error
             raise
-        self._db.execute("COMMIT")

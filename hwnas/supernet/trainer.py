@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from hwnas.data import Splits
 from hwnas.recipes import TrainingRecipe
 from hwnas.spaces.base import Architecture
 from hwnas.supernet.network import Supernet
-from latency_tables.files import write_atomically
+from hwnas.weights import damaged, load_state, save_state
 from quant.errors import InvalidInput
 
 
@@ -78,28 +78,23 @@ def _save(
         "weights": supernet.state_dict(),
         "optimiser": optimiser.state_dict(),
     }
-    write_atomically(checkpoint, lambda temporary: torch.save(state, temporary))
+    save_state(state, checkpoint)
 
 
 def _restore(supernet: Supernet, optimiser: torch.optim.Optimizer | None, checkpoint: Path) -> int:
     if not checkpoint.exists():
         return 0
+    state = load_state(checkpoint)
+    if state.get("space", supernet.space.fingerprint) != supernet.space.fingerprint:
+        raise InvalidInput(
+            f"{checkpoint} holds the weights of another space.",
+            accepted=f"a checkpoint of {supernet.space.name} ({supernet.space.fingerprint})",
+            next_step="name the run that it belongs to, or another --run",
+        )
     try:
-        state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
-        if state["space"] != supernet.space.fingerprint:
-            raise InvalidInput(
-                f"{checkpoint} holds the weights of another space.",
-                accepted=f"a checkpoint of {supernet.space.name} ({supernet.space.fingerprint})",
-                next_step="name the run that it belongs to, or another --run",
-            )
         supernet.load_state_dict(state["weights"])
         if optimiser is not None:
             optimiser.load_state_dict(state["optimiser"])
         return int(state["step"])
-    except InvalidInput:
-        raise
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise InvalidInput(
-            f"{checkpoint} is not a whole checkpoint ({type(error).__name__}).",
-            next_step="remove it; training then starts again",
-        ) from error
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise damaged(checkpoint, error) from error

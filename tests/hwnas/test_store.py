@@ -385,3 +385,29 @@ def test_a_history_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InvalidInput, match="cannot be written"):
         History(tmp_path / "file" / "search.sqlite")
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(path: Path) -> None:
+    history = History(path)
+    history.add_generation("spos", 0, proposals((1,)), LIMITS, 0)
+    history.add_score((1,), 0.5, 1.0)
+    (pages,) = history._db.execute("PRAGMA page_count").fetchone()
+    history._db.execute(f"PRAGMA max_page_count = {pages}")
+
+    def fill_with_scores() -> None:
+        for number in range(2000):
+            history.add_score((number, 7), 0.5, 1.0)
+
+    def fill_with_generations() -> None:
+        for number in range(1, 200):
+            history.add_generation("spos", number, proposals(*[(n,) for n in range(50)]), LIMITS, 0)
+
+    with pytest.raises(InvalidInput, match="disk is full"):
+        fill_with_scores()
+    with pytest.raises(InvalidInput, match="disk is full"):
+        fill_with_generations()
+    history._db.execute("PRAGMA max_page_count = 100000")
+    assert history.score((1,)) == (0.5, 1.0)
+    assert history.generations("spos")[0] == [(1,)]
+    history.add_score((9, 9), 0.25, 2.0)
+    assert history.score((9, 9)) == (0.25, 2.0)

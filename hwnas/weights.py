@@ -1,0 +1,36 @@
+"""Tensors on disk: written atomically, read without pickled code."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latency_tables.files import write_atomically
+from quant.errors import InvalidInput
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """Write a state; raises InvalidInput where the disk refuses, with the old file kept."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read what `save_state` wrote; raises InvalidInput where the file is not whole."""
+    try:
+        state = torch.load(path, weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        return state
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> InvalidInput:
+    """The error for a file of weights that cannot be used."""
+    return InvalidInput(
+        f"{path} is not a whole checkpoint ({type(error).__name__}).",
+        next_step="remove it; what it held is then trained again",
+    )
