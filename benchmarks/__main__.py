@@ -26,11 +26,11 @@ def run(names: list[str]) -> int:
     failed = 0
     for name in names or BENCHMARKS:
         module = importlib.import_module(f"benchmarks.{name}")
-        start = time.monotonic()
-        measured = module.measure(reduced=False)
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
         )
+        start = time.monotonic()
+        measured = module.measure(reduced=False)
         result = {
             "command": f"python -m benchmarks run {name}",
             "commit": commit.stdout.strip(),
