@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -61,7 +62,7 @@ Fraction = Annotated[
     ),
 ]
 
-_screen = Console(stderr=True, highlight=False)
+_screen = Console(stderr=True, highlight=False, markup=False)
 
 
 @app.command()
@@ -315,7 +316,7 @@ def _outcome(as_json: bool) -> Iterator[Callable[[dict[str, Any], list[tuple[str
         yield done
     except HwnasError as error:
         code = error.exit_code
-        _screen.print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        _screen.print(Text("error:", style="bold red"), Text(str(error)), soft_wrap=True)
         if as_json:
             _print_json(_failure(error))
     except KeyboardInterrupt:
@@ -324,6 +325,12 @@ def _outcome(as_json: bool) -> Iterator[Callable[[dict[str, Any], list[tuple[str
         if as_json:
             what = {"what": "interrupted", "accepted": "", "next": "run the same command again"}
             _print_json({"status": "interrupted", "exit_code": code, "error": what})
+    except Exception as error:  # a defect of ours: the traceback goes to standard error
+        code = HwnasError.exit_code
+        _screen.print(traceback.format_exc(), soft_wrap=True)
+        if as_json:
+            what = {"what": f"{type(error).__name__}: {error}", "accepted": "", "next": "report it"}
+            _print_json({"status": "error", "exit_code": code, "error": what})
     raise typer.Exit(code)
 
 

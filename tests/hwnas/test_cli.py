@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from hwnas import cli
 from hwnas.cli import app
+from quant.errors import TableError
 
 SPACE = str(Path(__file__).parents[2] / "examples" / "own_space.py") + ":space"
 COMMANDS = ("profile", "train", "search", "retrain", "export", "verify")
@@ -227,3 +228,30 @@ def test_a_limit_from_a_fraction_is_short_and_never_below_the_value(value: float
     rounded = cli._rounded_up(value)
     assert value <= rounded <= value * 1.001
     assert len(f"{rounded:.12g}".replace(".", "").strip("0")) <= 5
+
+
+def test_a_defect_of_ours_is_code_1_with_its_traceback_and_still_one_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(job: object) -> None:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr("hwnas.run.plan", broken)
+    code, out, told = hwnas("profile", *SMALL, "--json", folder=tmp_path)
+    assert code == json.loads(out)["exit_code"] == 1
+    assert json.loads(out)["error"]["what"] == "ZeroDivisionError: a defect"
+    assert "Traceback" in told
+
+
+def test_an_error_is_told_whole_brackets_included(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "fp32 [fp32:3x32x32] conv(0) c16 k3 s2 g1 n"
+
+    def missing(job: object) -> None:
+        raise TableError(f"The table has no row for {key!r}.")
+
+    monkeypatch.setattr("hwnas.run.plan", missing)
+    code, _, told = hwnas("profile", *SMALL, folder=tmp_path)
+    assert code == 2
+    assert key in " ".join(told.split())
