@@ -219,11 +219,10 @@ def verify(run: RunPath = None, tables: Tables = None, as_json: AsJson = False) 
     Example: hwnas verify --run runs/mobile-tiny-digits-cpu-1
     """
     with _outcome(as_json) as done, _result(run, tables) as (job, where, result):
-        limits = hwnas.run.read_limits(job, result)
         if (result / "certificate.json").exists():
             content = hwnas.run.remeasure(job, result)
         else:
-            content = hwnas.run.verify(job, where, limits)
+            content = hwnas.run.verify(job, where, hwnas.run.read_limits(job, result))
         measured, limit = content["measured"], content["limits"]["latency_ms"]
         holds = measured["median_ms"] <= limit and measured["stable"]
         median, p95 = measured["median_ms"], measured["p95_ms"]

@@ -114,7 +114,7 @@ def search(job: Job, run: Run, limits: Sequence[Limit]) -> list[Finalist]:
             best = ranked(feasible, history, list(names.values()))
         chosen = [_finalist(feasible, a, acc) for a, acc in best[: job.recipe.finalists]]
         job.table.save(run.table)
-        for stale in (*result.glob("finalist-*"), *result.glob("certificate.json")):
+        for stale in result.glob("*"):
             stale.unlink()
         content = {**asked, "finalists": [asdict(item) for item in chosen]}
         write_text(result / "finalists.json", json.dumps(content, indent=2) + "\n")
@@ -273,7 +273,7 @@ def remeasure(job: Job, result: Path) -> dict[str, Any]:
     if certificates.sha256(file) != content["hashes"]["model"]:
         raise InvalidInput(
             f"{file} is not the file that its certificate describes.",
-            next_step="run hwnas export again",
+            next_step="remove the certificate, then run hwnas verify",
         )
     if difference := job.profiler.host().difference(Host(**content["host"])):
         raise InvalidInput(

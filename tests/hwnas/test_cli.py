@@ -98,9 +98,12 @@ def test_the_later_stages_work_on_the_newest_result(
     searched: tuple[Path, dict[str, Any], str], command: str
 ) -> None:
     folder, summary, _ = searched
-    code, out, told = hwnas(command, "--run", summary["run"], "--json", folder=folder)
+    code, out, told = hwnas(
+        command, "--run", summary["run"], "--tables", "elsewhere", "--json", folder=folder
+    )
     assert code == 0, told
     assert json.loads(out)["run"] == summary["run"]
+    assert not (folder / "elsewhere").exists(), "a finished result needs no table"
 
 
 def test_a_limit_below_the_reachable_is_code_3_and_names_the_smallest(
