@@ -13,7 +13,7 @@ import numpy as np
 
 import hwnas.data
 from hwnas.costs.feasible import Range, reachable
-from hwnas.costs.limits import Limit, latency_cost
+from hwnas.costs.limits import AdditiveCost, Limit, latency_cost
 from hwnas.costs.samplers import UniformSampler
 from hwnas.data import Splits
 from hwnas.methods.registry import method
@@ -116,6 +116,11 @@ class Job:
         """What the table predicts for this space."""
         return self.table.models[self.model_name]
 
+    @cached_property
+    def latency(self) -> AdditiveCost:
+        """The space's latency on this device, from the table."""
+        return latency_cost(self.space, self.table, self.model)
+
     def config(self) -> RunConfig:
         """The identity of the request's run."""
         request = self.request
@@ -138,11 +143,11 @@ class Job:
             raise InvalidInput(
                 f"--latency-ms is {value_ms}.", accepted="a positive number of milliseconds"
             )
-        return Limit(latency_cost(self.space, self.table, self.model), float(value_ms))
+        return Limit(self.latency, float(value_ms))
 
     def latency_range(self) -> Range:
         """The smallest and largest upper bound that the space can reach."""
-        return reachable(self.space, latency_cost(self.space, self.table, self.model))
+        return reachable(self.space, self.latency)
 
 
 def request_of(run: Run, tables: Path) -> Request:

@@ -11,7 +11,7 @@ is a budget on that cost, and dynamic programming over it is exact.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -142,9 +142,7 @@ def calibrate(
         spearman=float(stats.spearmanr(predicted, true).statistic),
         coverage=float((true <= upper_ratio * predicted).mean()),
     )
-    return LatencyModel(
-        plain.scales, plain.per_op_us, plain.offset_us, upper_ratio, coverage, quality
-    )
+    return replace(plain, upper_ratio=upper_ratio, coverage=coverage, quality=quality)
 
 
 def _features(network: MeasuredNetwork, precisions: list[str]) -> list[float]:

@@ -6,6 +6,7 @@ shared-weight forward (`hwnas.supernet`) are all read from it.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -183,19 +184,26 @@ class OpSpec:
         """The inputs of layer `index`."""
         return [self.values[i] for i in self.layers[index].inputs]
 
+    @cached_property
+    def weight_shapes(self) -> Mapping[int, tuple[int, ...]]:
+        """The shape of each weight, by layer index; a linear layer reads its input flattened."""
+        shapes = {}
+        for index, layer in enumerate(self.layers):
+            if layer.has_weights:
+                source = self.layer_inputs(index)[0]
+                width = source.elements if layer.kind == "linear" else source.channels
+                shapes[index] = layer.weight_shape(width)
+        return shapes
+
     # ---- counts
 
     @cached_property
     def layer_macs(self) -> tuple[int, ...]:
         """Multiply-accumulates of each layer for one image: convolutions and linear layers only."""
-        counts = []
-        for index, layer in enumerate(self.layers):
-            if layer.has_weights:
-                shape = layer.weight_shape(_channels_in(layer, self.layer_inputs(index)[0]))
-                output = self.values[len(self.inputs) + index]
-                counts.append(_product(shape) * output.height * output.width)
-            else:
-                counts.append(0)
+        counts = [0] * len(self.layers)
+        for index, shape in self.weight_shapes.items():
+            output = self.values[len(self.inputs) + index]
+            counts[index] = math.prod(shape) * output.height * output.width
         return tuple(counts)
 
     @cached_property
@@ -207,24 +215,20 @@ class OpSpec:
     def parameters(self) -> int:
         """Trainable values: weights, biases, and the two of every batch-norm channel."""
         count = 0
-        for index, layer in enumerate(self.layers):
-            if layer.has_weights:
-                channels_in = _channels_in(layer, self.layer_inputs(index)[0])
-                count += _product(layer.weight_shape(channels_in))
-                count += layer.channels * (2 if layer.norm else 1)
+        for index, shape in self.weight_shapes.items():
+            layer = self.layers[index]
+            count += math.prod(shape) + layer.channels * (2 if layer.norm else 1)
         return count
 
     @cached_property
     def weight_bytes(self) -> int:
         """Bytes of the shipped weights: codes, per-channel scales and biases, norm folded."""
         count = 0
-        for index, layer in enumerate(self.layers):
-            if layer.has_weights:
-                channels_in = _channels_in(layer, self.layer_inputs(index)[0])
-                weights = _product(layer.weight_shape(channels_in))
-                count += -(-weights * self.precision.weight_bits // 8) + 4 * layer.channels
-                if self.precision.is_integer:  # weight scale and bias scale
-                    count += 8 * layer.channels
+        for shape in self.weight_shapes.values():
+            weights, channels = math.prod(shape), shape[0]
+            count += -(-weights * self.precision.weight_bits // 8) + 4 * channels
+            if self.precision.is_integer:  # weight scale and bias scale
+                count += 8 * channels
         return count
 
     @cached_property
@@ -243,11 +247,11 @@ class OpSpec:
         While a layer runs, its output and every value that it or a later layer reads are alive. A
         value that only a fused activation reads is written as that activation's output.
         """
-        peak, first = 0.0, len(self.inputs)
+        peak, first, swallowed = 0.0, len(self.inputs), _swallowed(self)
         written_as = {
             layer.inputs[0]: first + position
             for position, layer in enumerate(self.layers)
-            if layer.inputs[0] in _swallowed(self)
+            if layer.inputs[0] in swallowed
         }
         for position in range(len(self.layers)):
             alive = {first + position}
@@ -436,17 +440,6 @@ def _swallowed(op: OpSpec) -> set[int]:
         for index, reading in readers.items()
         if index >= len(op.inputs) and [r.function in FUSED_ACTIVATIONS for r in reading] == [True]
     }
-
-
-def _channels_in(layer: Layer, tensor: Tensor) -> int:
-    return tensor.elements if layer.kind == "linear" else tensor.channels
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
 
 
 def _without_defaults(layer: Layer) -> dict[str, Any]:

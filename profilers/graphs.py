@@ -64,16 +64,12 @@ class OpParameters:
 def random_parameters(op: OpSpec, rng: np.random.Generator) -> OpParameters:
     """Parameters with values of a trained network's size, to time an op before it is trained."""
     weights: dict[int, Weights] = {}
-    for index, layer in enumerate(op.layers):
-        if not layer.has_weights:
-            continue
-        source = op.layer_inputs(index)[0]
-        shape = layer.weight_shape(source.elements if layer.kind == "linear" else source.channels)
+    for index, shape in op.weight_shapes.items():
         deviation = np.sqrt(2 / np.prod(shape[1:]))
         weight = rng.normal(0, deviation, shape).astype(np.float32)
-        bias = rng.normal(0, 0.1, layer.channels).astype(np.float32)
+        bias = rng.normal(0, 0.1, len(weight)).astype(np.float32)
         if op.precision.is_integer:
-            scale = np.full(layer.channels, 3 * deviation / 127, np.float32)
+            scale = np.full(len(weight), 3 * deviation / 127, np.float32)
             codes = np.clip(np.rint(weight / scale[:, *[None] * (weight.ndim - 1)]), -127, 127)
             weights[index] = IntegerWeights(codes.astype(np.int8), scale, bias)
         else:

@@ -30,14 +30,14 @@ class ElasticLayer(nn.Module):
             self.gamma = nn.Parameter(torch.full(shape[:1], gamma))
         self.bias = nn.Parameter(torch.zeros(shape[0]))
 
-    def sliced_weight(self, layer: Layer, channels_in: int) -> Tensor:
-        """The weight that `layer` uses."""
-        out, width, *_ = layer.weight_shape(channels_in)
+    def sliced_weight(self, shape: tuple[int, ...]) -> Tensor:
+        """The weight of a layer whose own has the given shape."""
+        out, width, *_ = shape
         return self.weight[:out, :width].contiguous()
 
     def forward(self, value: Tensor, layer: Layer, precision: Precision) -> Tensor:
         """The convolution or linear layer itself, its norm left out."""
-        weight = self.sliced_weight(layer, value.shape[1])
+        weight = self.sliced_weight(layer.weight_shape(value.shape[1]))
         if precision.is_integer:
             weight = fake_quantise_weight(weight, precision.weight_bits)
         bias = None if layer.norm else self.bias[: layer.channels]

@@ -38,17 +38,13 @@ class Supernet(nn.Module):
         summed: set[str] = set()
         for placed in _placed_ops(space):
             added = {i for layer in placed.op.layers if layer.kind == "add" for i in layer.inputs}
-            for index, layer in enumerate(placed.op.layers):
-                if layer.has_weights:
-                    source = placed.op.layer_inputs(index)[0]
-                    width = source.elements if layer.kind == "linear" else source.channels
-                    shape = layer.weight_shape(width)
-                    name = _layer_name(placed, layer)
-                    known = shapes.get(name, shape)
-                    shapes[name] = tuple(map(max, shape, known))
-                    examples[name] = layer
-                    if len(placed.op.inputs) + index in added:
-                        summed.add(name)
+            for index, shape in placed.op.weight_shapes.items():
+                layer = placed.op.layers[index]
+                name = _layer_name(placed, layer)
+                shapes[name] = tuple(map(max, shape, shapes.get(name, shape)))
+                examples[name] = layer
+                if len(placed.op.inputs) + index in added:
+                    summed.add(name)
             for index, quantiser in placed.op.quantisers.items():
                 grid = runtime.grid(quantiser.bits, signed=quantiser.signed)
                 name = _range_name(placed, index)
@@ -73,10 +69,11 @@ class Supernet(nn.Module):
     def recalibrate(self, architecture: Architecture, batches: Iterable[Tensor]) -> NormStatistics:
         """An architecture's own batch-norm statistics: the cumulative mean over the batches."""
         statistics: NormStatistics = {}
+        device = next(self.parameters()).device
         for number, placed in enumerate(self.space.walk(architecture)):
             for index, layer in enumerate(placed.op.layers):
                 if layer.norm:
-                    zeros = self.device_zeros(layer.channels)
+                    zeros = torch.zeros(layer.channels, device=device)
                     statistics[number, index] = (zeros, torch.ones_like(zeros))
         with torch.no_grad():
             for count, images in enumerate(batches, start=1):
@@ -93,9 +90,7 @@ class Supernet(nn.Module):
                 for index, target in module.weighted_layers.items():
                     layer = placed.op.layers[index]
                     shared = self._layer(placed, layer)
-                    source = placed.op.layer_inputs(index)[0]
-                    width = source.elements if layer.kind == "linear" else source.channels
-                    target.weight.copy_(shared.sliced_weight(layer, width))
+                    target.weight.copy_(shared.sliced_weight(placed.op.weight_shapes[index]))
                     bias = shared.bias[: layer.channels]
                     if layer.norm:
                         gamma, known = shared.gamma[: layer.channels], statistics[number, index]
@@ -117,10 +112,6 @@ class Supernet(nn.Module):
                     with torch.no_grad():
                         path = self.space.through(depth, edge)
                         self._run(images, path, None, None, initialise=True)
-
-    def device_zeros(self, count: int) -> Tensor:
-        """Zeros where the weights are."""
-        return torch.zeros(count, device=next(self.parameters()).device)
 
     def _run(
         self,
