@@ -1,30 +1,35 @@
 """From ops to measurements: rows of a table, and latencies of whole networks.
 
 Rows are measured in rounds over all of them, one session at a time, so that a drift of the machine
-hits all rows alike. Each block goes into a journal beside the table at once; after an interruption
-the same call goes on where it stopped. Whole networks are measured in fresh processes.
+hits all rows alike. Whole networks are measured in fresh processes. Each block goes into a journal
+at once; after an interruption, however hard, the same call goes on where it stopped.
 """
 
+import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import onnx
 
-from latency_tables.files import explained, write_atomically, write_text
+from latency_tables.files import explained, held, write_text
 from latency_tables.ops import OpSpec
-from latency_tables.table import LatencyTable, Row
+from latency_tables.table import Host, LatencyTable, Row
 from profilers.base import Profiler
 from profilers.graphs import emit, random_parameters
 from profilers.host import pinned
 from profilers.measure import Measurement, Protocol, Samples, summarise
-from quant.errors import HwnasError, TableError
+from quant.errors import HwnasError, InvalidInput, TableError
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many units are done, and how many there are."""
@@ -34,16 +39,27 @@ def quiet(_label: str, _done: int, _total: int) -> None:
     """A progress that tells nothing."""
 
 
-def minutes(profiler: Profiler, rows: int, protocol: Protocol) -> float:
-    """How long `build_rows` will take, told beforehand."""
-    counted_s = protocol.rounds * (protocol.warmup_ms + protocol.block_ms) / 1000
-    return rows * (counted_s + profiler.seconds_per_row * (1 + protocol.rounds / 4)) / 60
+def minutes(
+    profiler: Profiler, count: int, protocol: Protocol, *, each_ms: float = 0.0, ops: int = 1
+) -> float:
+    """How long timing `count` graphs of `ops` ops each will take, told beforehand; `each_ms` is
+    about how long a call of one takes.
+    """
+    block_ms = max(protocol.block_ms, protocol.min_runs * each_ms)
+    timed_s = protocol.rounds * (max(protocol.warmup_ms, 3 * each_ms) + block_ms) / 1000
+    prepared_s = profiler.seconds_per_row * (1 + protocol.rounds / 4) * (1 + ops) / 2
+    return count * (timed_s + prepared_s) / 60
 
 
 def row_model(op: OpSpec, profiler: Profiler) -> onnx.ModelProto:
     """The graph that is timed for an op: the shipped form, with random weights from its key."""
     rng = np.random.default_rng(zlib.crc32(op.key.encode()))
     return emit([op], [random_parameters(op, rng)], profiler.runtime)
+
+
+def table_lock(table_path: Path) -> AbstractContextManager[None]:
+    """Hold the table at `table_path` and its journals; raises InvalidInput where another does."""
+    return held(table_path.with_suffix(".lock"), str(table_path))
 
 
 def build_rows(
@@ -55,19 +71,23 @@ def build_rows(
 ) -> LatencyTable:
     """Measure the ops that the table at `table_path` lacks, save it, and return it.
 
-    Raises TableError where the table or its journal was measured on another host or by another
-    protocol, and `WrongKernels` where an op does not run in the kernels that it declares.
+    The caller holds `table_lock`. Raises TableError where the table or its journal was measured on
+    another host or by another protocol, and `WrongKernels` where an op does not run in the kernels
+    that it declares.
     """
     table = open_table(profiler, table_path, protocol)
     missing = table.missing(ops)
+    journal_path = table_path.with_suffix(".journal")
     if not missing:
+        with suppress(InvalidInput):  # what a kill between saving and removing left there
+            _Journal(journal_path, "ops", table.host, protocol).remove(table.rows)
         return table
-    journal = _Journal(table_path.with_suffix(".journal"), table)
+    journal = _Journal(journal_path, "ops", table.host, protocol)
     with tempfile.TemporaryDirectory() as folder, pinned(profiler.threads):
         files = []
         for number, op in enumerate(missing):
             model = row_model(op, profiler)
-            if not journal.blocks.get(op.key):
+            if not journal.count(op.key):
                 profiler.check(model)
             files.append(Path(folder) / f"{number}.onnx")
             files[-1].write_bytes(model.SerializeToString())
@@ -76,7 +96,7 @@ def build_rows(
             )
         for turn in range(protocol.rounds):
             for number, op in enumerate(missing):
-                if len(journal.blocks.get(op.key, [])) <= turn:
+                if journal.count(op.key) <= turn:
                     with profiler.prepare(onnx.load(files[number])) as session:
                         journal.add(op.key, session.block(protocol))
                 done = turn * len(missing) + number + 1
@@ -85,7 +105,7 @@ def build_rows(
         measured = summarise(journal.blocks[op.key], protocol)
         table.rows[op.key] = Row(op.key, op.to_json(), op.precision.name, **asdict(measured))
     table.save(table_path)
-    journal.remove(op.key for op in missing)
+    journal.remove(table.rows)
     return table
 
 
@@ -117,80 +137,162 @@ def measure_models(
     progress: Progress = quiet,
     *,
     processes: int | None = None,
+    journal: Path | None = None,
 ) -> list[Measurement]:
-    """The latency of whole models, each the median over fresh processes of its block medians."""
-    count = processes or protocol.rounds
-    blocks: list[list[Samples]] = [[] for _ in models]
+    """The latency of whole models, each the median over fresh processes of its block medians.
+
+    With a `journal`, each block is kept there at once under its model file's hash, and the same
+    call measures later only what is missing; `forget` the journal once the result is kept. Raises
+    TableError where the journal is of another host or protocol, HwnasError where a process fails.
+    """
+    kept = _Journal(journal, "networks", profiler.host(), protocol)
+    files = dict(zip(_keys(models), models, strict=True))
+    turns = processes or protocol.rounds
+    label, total = "timing whole networks in fresh processes", turns * len(files)
+    if done := sum(min(kept.count(key), turns) for key in files):
+        progress(label, done, total)
+    for turn in range(turns):
+        missing = {key: path for key, path in files.items() if kept.count(key) <= turn}
+        if not missing:
+            continue
+        with _fresh_process(profiler, list(missing.values()), protocol) as blocks:
+            for key, samples in zip(missing, blocks, strict=True):
+                kept.add(key, samples)
+                done += 1
+                progress(label, done, total)
+    return [summarise(kept.blocks[key][:turns], protocol) for key in files]
+
+
+def forget(journal: Path) -> None:
+    """Remove the journal of `measure_models`, if it is there; what it holds is kept elsewhere."""
+    with explained(journal):
+        journal.unlink(missing_ok=True)
+
+
+def _keys(models: Sequence[Path]) -> list[str]:
+    """The hash of each model file; a further copy of the same model has its number behind it."""
+    keys: list[str] = []
+    seen: Counter[str] = Counter()
+    for path in models:
+        try:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise InvalidInput(f"{path} cannot be read: {error.strerror}.") from error
+        keys.append(f"{digest} {seen[digest]}" if seen[digest] else digest)
+        seen[digest] += 1
+    return keys
+
+
+@contextmanager
+def _fresh_process(
+    profiler: Profiler, models: Sequence[Path], protocol: Protocol
+) -> Iterator[Iterator[Samples]]:
+    """A new process that times each model, and the blocks as they come; gone when the block ends.
+
+    Should this process be killed, the other notices and leaves (`profilers.worker`).
+    """
     job = {
+        "parent": os.getpid(),
         "device": profiler.host().device,
         "threads": profiler.threads,
         "batch": profiler.batch,
         "protocol": protocol.to_dict(),
         "models": [str(path) for path in models],
     }
-    for turn in range(count):
-        answer = subprocess.run(
+    with tempfile.TemporaryFile("w+") as told, tempfile.TemporaryFile("w+") as errors:
+        json.dump(job, told)
+        told.seek(0)
+        with subprocess.Popen(
             [sys.executable, "-m", "profilers.worker"],
-            input=json.dumps(job),
-            capture_output=True,
+            stdin=told,
+            stdout=subprocess.PIPE,
+            stderr=errors,
             text=True,
-            check=False,
-        )
-        if answer.returncode != 0:
-            last = answer.stderr.strip().splitlines()[-1:] or ["no message"]
+        ) as process:
+            assert process.stdout is not None
+            try:
+                yield _blocks(process.stdout, errors, len(models))
+            finally:
+                process.kill()
+
+
+def _blocks(lines: IO[str], errors: IO[str], count: int) -> Iterator[Samples]:
+    """`count` blocks, a line each; raises HwnasError where the measuring process ends before."""
+    for _ in range(count):
+        try:
+            samples = np.array(json.loads(lines.readline()), float)
+        except ValueError as error:
+            errors.seek(0)
+            last = errors.read().strip().splitlines()[-1:] or ["it ended without a message"]
             raise HwnasError(
                 f"The measuring process failed: {last[0]}",
-                next_step="run the same command again; nothing that was measured is lost",
-            )
-        for mine, samples in zip(blocks, json.loads(answer.stdout), strict=True):
-            mine.append(np.array(samples))
-        progress("timing whole networks in fresh processes", turn + 1, count)
-    return [summarise(mine, protocol) for mine in blocks]
+                next_step="run the same command again; what a journal holds is not lost",
+            ) from error
+        yield samples
 
 
 class _Journal:
-    """Blocks that were measured but are not in the table yet, a line each; survives a kill."""
+    """Blocks that were measured but are not in a table yet, a line each; survives a kill.
 
-    def __init__(self, path: Path, table: LatencyTable) -> None:
+    `kind` says what the keys name. Without a path it is kept in memory alone.
+    """
+
+    def __init__(self, path: Path | None, kind: str, host: Host, protocol: Protocol) -> None:
         self.path = path
         self.blocks: dict[str, list[Samples]] = {}
-        told = {**asdict(table.host), "hostname": "", "governor": ""}
-        self._identity = {"host": told, "protocol": table.protocol}
-        with explained(path):
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            whole = [line for line in lines if line.endswith(b"\n")]
-        try:
-            records = [json.loads(line) for line in whole]
-            for key, samples in records[1:]:
-                self.blocks.setdefault(str(key), []).append(np.array(samples, float))
-        except (ValueError, TypeError) as error:
-            raise TableError(
-                f"{path} is damaged: {error}.", next_step="remove it; its rows are measured again"
-            ) from error
-        if records and records[0] != self._identity:
-            raise TableError(
-                f"{path} holds an unfinished table of another host or protocol.",
-                next_step="remove it, or name another --tables folder",
-            )
-        if lines != whole or not whole:
-            text = b"".join(whole) or json.dumps(self._identity).encode() + b"\n"
-            write_atomically(path, lambda temporary: temporary.write_bytes(text))
+        told = {**asdict(host), "hostname": "", "governor": ""}
+        self._identity = {"kind": kind, "host": told, "protocol": protocol.to_dict()}
+        if path is not None:
+            self._read(path)
+
+    def count(self, key: str) -> int:
+        """How many blocks of a key are there."""
+        return len(self.blocks.get(key, []))
 
     def add(self, key: str, samples: Samples) -> None:
         """Keep one block, as it reads back from the file."""
         samples = samples.round(3)
         self.blocks.setdefault(key, []).append(samples)
-        with explained(self.path), self.path.open("a") as file:
-            file.write(json.dumps([key, samples.tolist()]) + "\n")
+        if self.path is None:
+            return
+        with explained(self.path), self.path.open("ab") as file:
+            lines = [self._identity] if file.tell() == 0 else []
+            file.write(_as_lines([*lines, [key, samples.tolist()]]))
 
     def remove(self, keys: Iterable[str]) -> None:
-        """Forget rows that the table holds now; other ops' blocks stay for their own build."""
-        for key in keys:
-            del self.blocks[key]
-        if not self.blocks:
-            self.path.unlink(missing_ok=True)
+        """Forget what a table holds now; other keys' blocks stay for their own build."""
+        gone = [key for key in keys if self.blocks.pop(key, None)]
+        if not gone or self.path is None:
             return
-        lines = [json.dumps(self._identity)]
-        for key, blocks in self.blocks.items():
-            lines += [json.dumps([key, samples.tolist()]) for samples in blocks]
-        write_text(self.path, "\n".join(lines) + "\n")
+        if not self.blocks:
+            forget(self.path)
+            return
+        lines = [[key, each.tolist()] for key, blocks in self.blocks.items() for each in blocks]
+        write_text(self.path, _as_lines([self._identity, *lines]).decode())
+
+    def _read(self, path: Path) -> None:
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = path.read_bytes() if path.exists() else b""
+        whole = text[: text.rfind(b"\n") + 1]
+        try:
+            records = [json.loads(line) for line in whole.splitlines()]
+            for key, samples in records[1:]:
+                self.blocks.setdefault(str(key), []).append(np.array(samples, float))
+        except (ValueError, TypeError) as error:
+            raise TableError(
+                f"{path} is damaged: {error}.",
+                next_step="remove it; what it holds is measured again",
+            ) from error
+        if records and records[0] != self._identity:
+            raise TableError(
+                f"{path} holds unfinished measurements of another host, protocol or kind.",
+                next_step="remove it, or name another --tables folder",
+            )
+        if whole != text:
+            with explained(path):
+                os.truncate(path, len(whole))
+
+
+def _as_lines(records: Iterable[object]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()

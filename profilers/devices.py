@@ -5,6 +5,8 @@ from profilers.ort import OrtProfiler
 from profilers.simulated import SimulatedProfiler
 from quant.errors import InvalidInput, MissingDependency
 
+DEVICES = ("cpu", "gpu", "simulated")
+
 
 def open_profiler(device: str, *, threads: int = 1, batch: int = 1) -> Profiler:
     """The profiler of a device in a condition; raises InvalidInput for one that is not there."""

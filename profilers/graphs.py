@@ -5,6 +5,9 @@ flavour is ONNX Runtime's: activations are unsigned 8-bit (zero point 0 where no
 else 128), weights signed 8-bit per output channel, biases 32-bit on exactly the accumulator's grid.
 Written so, every layer of an integer op runs in an integer kernel; `expected_operators` says which
 operators the optimised graph must then hold, and a profiler checks.
+
+An op adds as many bytes to a model wherever it stands (`profilers.sizes`): it is written in the
+same nodes, and the names that tell its place have one length (up to 1000 ops).
 """
 
 import json
@@ -95,7 +98,7 @@ def emit(
         for index, tensor in enumerate(first.inputs)
     ]
     for number, (op, numbers) in enumerate(zip(ops, parameters, strict=True)):
-        inputs = [writer.op(f"op{number}", op, numbers, inputs)]
+        inputs = [writer.op(f"op{number:03d}", op, numbers, inputs)]
     flat = any(layer.kind == "linear" for layer in ops[-1].layers)
     writer.graph_output(inputs[0], ops[-1].output, flat=flat)
     graph = helper.make_graph(
@@ -171,10 +174,14 @@ class _Codes:
 
 
 class _Writer:
-    """Collects nodes and initialisers; values are float tensor names or `_Codes`."""
+    """Collects nodes and initialisers; values are float tensor names or `_Codes`.
+
+    What an op hands on is named after the op, in as many letters as `INPUT`.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
+        self.readers: Counter[str] = Counter()
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[TensorProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
@@ -208,7 +215,8 @@ class _Writer:
         for index, value in enumerate(inputs):
             label = f"{name}.in{index}"
             if index in op.quantisers:
-                value = self.quantise(label, self.as_float(value), op, parameters, index)
+                codes = f"{label}.codes"
+                value = self.quantise(codes, self.as_float(value), op, parameters, index)
             elif not op.precision.is_integer and isinstance(value, _Codes):
                 value = self.as_float(value)
                 if _needs_shield(op, index):
@@ -219,8 +227,13 @@ class _Writer:
             label = f"{name}.{index}.{layer.role or layer.function or layer.kind}"
             sources = [values[i] for i in layer.inputs]
             output = self.layer(label, layer, sources, parameters.weights.get(index), op)
+            last = index == len(op.layers) - 1
             if position in op.quantisers:
-                values.append(self.quantise(label, output, op, parameters, position))
+                codes = name if last else f"{label}.codes"
+                values.append(self.quantise(codes, output, op, parameters, position))
+            elif last:
+                self.nodes[-1].output[:] = [name]
+                values.append(name)
             else:
                 values.append(output)
         return values[-1]
@@ -318,15 +331,12 @@ class _Writer:
         return _Codes(flat, source.scale, source.zero_point, source.step)
 
     def quantise(
-        self, label: str, value: str, op: OpSpec, parameters: OpParameters, index: int
+        self, name: str, value: str, op: OpSpec, parameters: OpParameters, index: int
     ) -> _Codes:
         quantiser = op.quantisers[index]
         grid = self.runtime.grid(quantiser.bits, signed=quantiser.signed)
-        codes = self.codes(f"{label}.codes", parameters.limits[index], grid)
-        inputs = [value, codes.scale, codes.zero_point]
-        self.nodes.append(
-            helper.make_node("QuantizeLinear", inputs, [codes.name], f"{label}.quantise")
-        )
+        codes = self.codes(name, parameters.limits[index], grid)
+        self.node("QuantizeLinear", name, [value, codes.scale, codes.zero_point])
         return codes
 
     def codes(self, name: str, limit: float, grid: Grid) -> _Codes:
@@ -338,7 +348,8 @@ class _Writer:
     def as_float(self, value: str | _Codes) -> str:
         if isinstance(value, str):
             return value
-        label = f"{value.name}.float{len(self.nodes)}"
+        label = f"{value.name}.float{self.readers[value.name]}"
+        self.readers[value.name] += 1
         return self.node("DequantizeLinear", label, [value.name, value.scale, value.zero_point])
 
     def constant(self, name: str, value: np.ndarray | np.generic) -> str:

@@ -29,6 +29,13 @@ def governor() -> str:
     return _GOVERNOR.read_text().strip() if _GOVERNOR.exists() else ""
 
 
+def usable_cores() -> int:
+    """Processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @contextmanager
 def pinned(threads: int) -> Iterator[None]:
     """Run on the last `threads` processors this process may use, and go back afterwards.

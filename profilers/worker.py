@@ -1,10 +1,12 @@
 """One fresh process that times model files: `python -m profilers.worker`.
 
-Reads a job as JSON from standard input and writes the samples of one block a model, in
-microseconds, as JSON to standard output.
+Reads a job as JSON from standard input and writes one line a model to standard output as soon as it
+is timed: the samples of one block, in microseconds, as JSON. Leaves before the next model where the
+process that gave the job is gone.
 """
 
 import json
+import os
 import sys
 
 import onnx
@@ -19,12 +21,14 @@ def main() -> None:
     job = json.load(sys.stdin)
     profiler = open_profiler(job["device"], threads=job["threads"], batch=job["batch"])
     protocol = Protocol(**job["protocol"])
-    samples = []
     with pinned(job["threads"]):
         for path in job["models"]:
+            if os.getppid() != job["parent"]:
+                return
             with profiler.prepare(onnx.load(path)) as session:
-                samples.append(session.block(protocol).round(3).tolist())
-    json.dump(samples, sys.stdout)
+                samples = session.block(protocol).round(3).tolist()
+            sys.stdout.write(json.dumps(samples) + "\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

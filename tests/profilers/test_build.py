@@ -3,11 +3,19 @@
 The simulated device states what each row must be; one small build runs on ONNX Runtime.
 """
 
+import errno
 import itertools
 import json
-from collections.abc import Sequence
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import IO, Any, ClassVar
 
 import numpy as np
 import onnx
@@ -16,8 +24,16 @@ import pytest
 from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
 from latency_tables.ops import OpSpec, Tensor
 from latency_tables.table import Host, LatencyTable
-from profilers.base import WrongKernels
-from profilers.build import build_rows, measure_models, minutes, open_table, row_model
+from profilers.base import Profiler, WrongKernels
+from profilers.build import (
+    build_rows,
+    forget,
+    measure_models,
+    minutes,
+    open_table,
+    row_model,
+    table_lock,
+)
 from profilers.graphs import emit, random_parameters, read_ops
 from profilers.measure import Protocol, Samples
 from profilers.ort import OrtProfiler
@@ -276,6 +292,64 @@ def test_measured_samples_come_back_from_the_journal(path: Path) -> None:
     assert table.lookup(OPS[0]).p95_us < 20
 
 
+def test_a_disk_that_is_full_for_one_line_loses_nothing_before_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(path, 4)
+    before = journal(path).read_bytes()
+
+    class Full(Watched):
+        """The disk takes half a line more."""
+
+        def prepare(self, model: onnx.ModelProto) -> SimulatedSession:
+            with journal(path).open("ab") as file:
+                file.write(b'["half a')
+            monkeypatch.setattr(Path, "open", refuse)
+            return super().prepare(model)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(InvalidInput, match="No space left on device") as caught:
+        build_rows(Full(), OPS, path, PROTOCOL)
+    assert journal(path).name in str(caught.value)
+    monkeypatch.undo()
+    assert journal(path).read_bytes().startswith(before)
+    resumed = Watched()
+    build_rows(resumed, OPS, path, PROTOCOL)
+    assert len(resumed.measured) == len(OPS) * PROTOCOL.rounds - 4
+
+
+@pytest.mark.parametrize("asked", [OPS, OPS[:2]], ids=["the same ops", "other ops"])
+def test_a_kill_between_saving_and_forgetting_leaves_nothing_for_long(
+    path: Path, asked: list[OpSpec]
+) -> None:
+    interrupt(path, 14)
+    left = journal(path).read_bytes()
+    table = build_rows(Watched(), OPS, path, PROTOCOL)
+    journal(path).write_bytes(left)
+    again = Watched()
+    assert build_rows(again, asked, path, PROTOCOL) == table
+    assert again.measured == []
+    assert not journal(path).exists()
+
+
+def test_a_table_that_lacks_nothing_is_not_refused_for_a_foreign_journal(path: Path) -> None:
+    table = build_rows(Watched(), OPS, path, PROTOCOL)
+    journal(path).write_text('"of something else"\n')
+    assert build_rows(Watched(), OPS, path, PROTOCOL) == table
+    with pytest.raises(TableError, match=journal(path).name):
+        build_rows(Watched(), [*OPS, conv(7)], path, PROTOCOL)
+
+
+def test_one_process_measures_a_table_at_a_time(path: Path) -> None:
+    mine = table_lock(path)
+    with mine, pytest.raises(InvalidInput, match=f"{path} is in use by process"), table_lock(path):
+        pass
+    with table_lock(path), table_lock(path.with_name("other.parquet")):
+        pass
+
+
 # ---- other conditions
 
 
@@ -377,9 +451,49 @@ def write(ops: list[OpSpec], path: Path) -> Path:
     return path
 
 
-def test_networks_are_measured_in_as_many_processes_as_asked_for(tmp_path: Path) -> None:
-    networks = [network(width) for width in (4, 8)]
-    files = [write(ops, tmp_path / f"{number}.onnx") for number, ops in enumerate(networks)]
+def networks(folder: Path, count: int) -> list[Path]:
+    return [write(network(4 * (n + 1)), folder / f"{n}.onnx") for n in range(count)]
+
+
+class Seen(subprocess.Popen):  # type: ignore[type-arg]
+    """A measuring process, with the names of the models that it was asked for."""
+
+    worker: ClassVar[list[str]] = []
+    started: ClassVar[list["Seen"]] = []
+
+    def __init__(self, command: list[str], *, stdin: IO[str], **keywords: Any) -> None:
+        self.models = [Path(model).stem for model in json.load(stdin)["models"]]
+        stdin.seek(0)
+        super().__init__([sys.executable, *(self.worker or command[1:])], stdin=stdin, **keywords)
+        self.started.append(self)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
+    """The measuring processes that were started."""
+    found: list[Seen] = []
+    monkeypatch.setattr(Seen, "started", found)
+    monkeypatch.setattr("profilers.build.subprocess.Popen", Seen)
+    return found
+
+
+@pytest.fixture
+def quick(started: list[Seen], monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
+    """The same, with a worker that starts at once: it gives a file's bytes as its microseconds."""
+    code = """
+import json, os, sys
+job = json.load(sys.stdin)
+for path in job["models"]:
+    print([os.path.getsize(path)] * job["protocol"]["min_runs"], flush=True)
+"""
+    monkeypatch.setattr(Seen, "worker", ["-c", code])
+    return started
+
+
+def test_networks_are_measured_in_as_many_processes_as_asked_for(
+    tmp_path: Path, started: list[Seen]
+) -> None:
+    files = networks(tmp_path, 3)
     told: list[tuple[int, int]] = []
     measured = measure_models(
         SimulatedProfiler(batch=2),
@@ -388,20 +502,286 @@ def test_networks_are_measured_in_as_many_processes_as_asked_for(tmp_path: Path)
         lambda _, done, of: told.append((done, of)),
         processes=2,
     )
-    assert told == [(1, 2), (2, 2)]
-    for ops, found in zip(networks, measured, strict=True):
-        wanted = CALL_US + 2 * sum(map(op_us, ops))
+    assert told == [(done, 6) for done in (1, 2, 3, 4, 5, 6)]
+    assert [process.models for process in started] == [["0", "1", "2"]] * 2
+    assert all(process.returncode is not None for process in started)
+    for number, found in enumerate(measured):
+        wanted = CALL_US + 2 * sum(map(op_us, network(4 * (number + 1))))
         assert found.median_us == pytest.approx(wanted, abs=JOURNALLED_US)
         assert found.runs == 2 * PROTOCOL.min_runs
         assert found.stable
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f"{n}.onnx" for n in range(3)]
 
 
 def test_a_measuring_process_that_fails_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(HwnasError, match="measuring process failed") as caught:
-        measure_models(SimulatedProfiler(), [tmp_path / "absent.onnx"], PROTOCOL)
+    model = tmp_path / "broken.onnx"
+    model.write_bytes(b"\xff not a model")
+    with pytest.raises(HwnasError, match=r"measuring process failed: .*Error") as caught:
+        measure_models(SimulatedProfiler(), [model], PROTOCOL)
     assert "\n" not in str(caught.value)
-    assert "absent.onnx" in str(caught.value)
     assert type(caught.value) is HwnasError
+    assert caught.value.next_step
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"absent\.onnx cannot be read"):
+        measure_models(SimulatedProfiler(), [tmp_path / "absent.onnx"], PROTOCOL)
+
+
+def test_nothing_to_measure_is_nothing(quick: list[Seen]) -> None:
+    assert measure_models(SimulatedProfiler(), [], PROTOCOL) == []
+    assert quick == []
+
+
+@pytest.mark.parametrize(
+    ("worker", "told"),
+    [
+        ("print([1.0, 2.0])", "it ended without a message"),
+        ("import os; print([1.0, 2.0], flush=True); os.kill(os.getpid(), 9)", "it ended without"),
+        ("print('[1.0,', end='')", "it ended without a message"),
+        ("print('hello')", "it ended without a message"),
+        ("pass", "it ended without a message"),
+        ("import sys; sys.exit('no\\nmemory')", "memory"),
+        ("import os; os.write(1, b'\\xff\\n')", "it ended without a message"),
+        ("import sys; sys.stderr.write('x' * 10**6); raise MemoryError", "MemoryError"),
+    ],
+)
+def test_a_measuring_process_that_ends_early_is_told_and_what_it_measured_is_kept(
+    worker: str, told: str, tmp_path: Path, quick: list[Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, kept = networks(tmp_path, 2), tmp_path / "kept.journal"
+    with monkeypatch.context() as patch:
+        patch.setattr(Seen, "worker", ["-c", worker])
+        with pytest.raises(HwnasError, match=f"measuring process failed: .*{told}"):
+            measure_models(SimulatedProfiler(), files, PROTOCOL, journal=kept)
+    whole = "[1.0, 2.0]" in worker
+    assert len(lines(kept)) == whole
+    found = measure_models(SimulatedProfiler(), files, PROTOCOL, journal=kept)
+    assert [each.min_us == 1.0 for each in found] == [whole, False]
+    assert [process.models for process in quick[1:]] == [["1"] if whole else ["0", "1"]] + [
+        ["0", "1"]
+    ] * 2
+
+
+class Enough(Exception):
+    """A caller's own reason to stop."""
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"), [(SimulatedProfiler, Enough), (OrtProfiler, KeyboardInterrupt)]
+)
+def test_an_error_in_the_caller_ends_the_measuring_process(
+    device: type[Profiler],
+    reason: type[BaseException],
+    tmp_path: Path,
+    started: list[Seen],
+) -> None:
+    files, kept = networks(tmp_path, 3), tmp_path / "kept.journal"
+
+    def stop(_: str, done: int, __: int) -> None:
+        if done == 1:
+            raise reason
+
+    with pytest.raises(reason):
+        measure_models(device(), files, PROTOCOL, stop, journal=kept)
+    (process,) = started
+    assert process.returncode is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(process.pid, 0)
+    assert len(lines(kept)) == 1
+
+
+# ---- networks, interrupted
+
+
+def stopping_after(blocks: int) -> Callable[[str, int, int], None]:
+    seen = itertools.count(1)
+
+    def progress(*_: object) -> None:
+        if next(seen) == blocks:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 4, 8])
+def test_interrupted_networks_go_on_with_the_missing_blocks(
+    blocks: int, tmp_path: Path, quick: list[Seen]
+) -> None:
+    files, kept = networks(tmp_path, 3), tmp_path / "kept.journal"
+    wanted = measure_models(SimulatedProfiler(), files, PROTOCOL)
+    quick.clear()
+    with pytest.raises(KeyboardInterrupt):
+        measure_models(SimulatedProfiler(), files, PROTOCOL, stopping_after(blocks), journal=kept)
+    before = kept.read_bytes()
+    quick.clear()
+    told: list[int] = []
+    found = measure_models(
+        SimulatedProfiler(), files, PROTOCOL, lambda _, done, __: told.append(done), journal=kept
+    )
+    assert found == wanted
+    assert told == list(range(blocks, 10)), "what is there already is told first"
+    order = ["0", "1", "2"] * PROTOCOL.rounds
+    assert [name for process in quick for name in process.models] == order[blocks:]
+    assert kept.read_bytes().startswith(before)
+    quick.clear()
+    assert measure_models(SimulatedProfiler(), files, PROTOCOL, journal=kept) == wanted
+    assert quick == [], "nothing is missing, so no process is started"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_journal_gives_what_it_holds_and_not_more(tmp_path: Path) -> None:
+    """Fewer processes afterwards: the first blocks, as an undisturbed run would have taken."""
+    files, kept = networks(tmp_path, 2), tmp_path / "kept.journal"
+    measure_models(SimulatedProfiler(), files, PROTOCOL, processes=3, journal=kept)
+    before = kept.read_bytes()
+    found = measure_models(SimulatedProfiler(), files, PROTOCOL, processes=2, journal=kept)
+    assert [each.runs for each in found] == [2 * PROTOCOL.min_runs] * 2
+    found = measure_models(SimulatedProfiler(), files, PROTOCOL, processes=4, journal=kept)
+    assert [each.runs for each in found] == [4 * PROTOCOL.min_runs] * 2
+    assert kept.read_bytes().startswith(before)
+
+
+def test_blocks_are_kept_by_the_models_bytes(tmp_path: Path, quick: list[Seen]) -> None:
+    """Another order, other names and further models: only what is new is measured."""
+    first, second, third = networks(tmp_path, 3)
+    kept = tmp_path / "kept.journal"
+    wanted = measure_models(SimulatedProfiler(), [first, second], PROTOCOL, journal=kept)
+    moved = first.rename(tmp_path / "moved.onnx")
+    quick.clear()
+    found = measure_models(SimulatedProfiler(), [third, second, moved], PROTOCOL, journal=kept)
+    assert [found[2], found[1]] == wanted
+    assert [process.models for process in quick] == [["2"]] * PROTOCOL.rounds
+    write(network(20), second)
+    quick.clear()
+    measure_models(SimulatedProfiler(), [second], PROTOCOL, journal=kept)
+    assert [process.models for process in quick] == [["1"]] * PROTOCOL.rounds
+
+
+def test_a_model_that_is_asked_for_twice_is_measured_twice(
+    tmp_path: Path, quick: list[Seen]
+) -> None:
+    (file,) = networks(tmp_path, 1)
+    copy = tmp_path / "copy.onnx"
+    copy.write_bytes(file.read_bytes())
+    kept = tmp_path / "kept.journal"
+    for _ in range(2):
+        assert len(measure_models(SimulatedProfiler(), [file, copy], PROTOCOL, journal=kept)) == 2
+    assert [process.models for process in quick] == [["0", "copy"]] * PROTOCOL.rounds
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_line_that_was_cut_short_is_measured_again(tmp_path: Path) -> None:
+    files, kept = networks(tmp_path, 2), tmp_path / "kept.journal"
+    wanted = measure_models(SimulatedProfiler(), files, PROTOCOL, journal=kept)
+    whole = kept.read_bytes()
+    for cut in (1, 20, len(whole) - 5):
+        kept.write_bytes(whole[:-cut])
+        assert measure_models(SimulatedProfiler(), files, PROTOCOL, journal=kept) == wanted
+        assert kept.read_bytes() == whole
+
+
+def test_a_journal_of_networks_of_another_condition_is_refused_and_kept(
+    tmp_path: Path, path: Path, quick: list[Seen]
+) -> None:
+    files, kept = networks(tmp_path, 1), tmp_path / "kept.journal"
+    measure_models(SimulatedProfiler(), files, PROTOCOL, journal=kept)
+    before = kept.read_bytes()
+    quick.clear()
+    for profiler, protocol in (
+        (SimulatedProfiler(threads=2), PROTOCOL),
+        (SimulatedProfiler(batch=2), PROTOCOL),
+        (Newer(), PROTOCOL),
+        (SimulatedProfiler(), replace(PROTOCOL, min_runs=5)),
+    ):
+        with pytest.raises(TableError, match="another host, protocol or kind") as caught:
+            measure_models(profiler, files, protocol, journal=kept)
+        assert caught.value.next_step
+    measure_models(Elsewhere(), files, PROTOCOL, journal=kept)
+    kept.write_bytes(before + b"no JSON\n")
+    with pytest.raises(TableError, match="damaged"):
+        measure_models(SimulatedProfiler(), files, PROTOCOL, journal=kept)
+    assert quick == []
+    path.parent.mkdir()
+    journal(path).write_bytes(before)
+    with pytest.raises(TableError, match="another host, protocol or kind"):
+        build_rows(Watched(), OPS, path, PROTOCOL)
+    assert journal(path).read_bytes() == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_journal_is_forgotten_when_its_result_is_kept(tmp_path: Path) -> None:
+    files, kept = networks(tmp_path, 1), tmp_path / "folder" / "kept.journal"
+    measure_models(SimulatedProfiler(), files, PROTOCOL, journal=kept)
+    forget(kept)
+    assert list(kept.parent.iterdir()) == []
+    forget(kept)  # once more does no harm
+
+
+# ---- killed: a real process, and SIGKILL inside the progress that it tells
+
+KILLED = """
+import os, pathlib, pickle, signal, sys
+from profilers.build import build_rows, measure_models
+from profilers.simulated import SimulatedProfiler
+
+what, path, ops, files, protocol, label, after = pickle.load(sys.stdin.buffer)
+
+def progress(told, done, total):
+    if told.startswith(label) and done == after:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if what == "rows":
+    build_rows(SimulatedProfiler(), ops, path, protocol, progress)
+else:
+    measure_models(SimulatedProfiler(), files, protocol, progress, journal=path)
+"""
+
+
+def killed(
+    what: str, path: Path, files: Sequence[Path], protocol: Protocol, label: str, after: int
+) -> None:
+    told = pickle.dumps((what, path, OPS, files, protocol, label, after))
+    answer = subprocess.run([sys.executable, "-c", KILLED], input=told, capture_output=True)
+    assert answer.returncode == -signal.SIGKILL, answer.stderr.decode()
+
+
+def lines(file: Path) -> list[str]:
+    return file.read_text().splitlines()[1:] if file.exists() else []
+
+
+def test_rows_that_were_killed_again_and_again_end_as_an_undisturbed_build(path: Path) -> None:
+    wanted = build_rows(SimulatedProfiler(), OPS, path.with_name("whole.parquet"), PROTOCOL)
+    before: list[str] = []
+    for label, after in (("checking", 3), ("timing", 1), ("timing", 7), ("timing", 15)):
+        killed("rows", path, [], PROTOCOL, label, after)
+        assert not path.exists()
+        found = lines(journal(path))
+        assert found[: len(before)] == before
+        assert len(found) == (after if label == "timing" else 0)
+        before = found
+    last = Watched()
+    table = build_rows(last, OPS, path, PROTOCOL)
+    assert table == wanted == LatencyTable.load(path)
+    assert last.measured == [], "the last kill came after the last block"
+    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, "whole.parquet"]
+
+
+def test_networks_that_were_killed_again_and_again_end_as_undisturbed_ones(tmp_path: Path) -> None:
+    files, kept = networks(tmp_path, 3), tmp_path / "kept.journal"
+    protocol = replace(PROTOCOL, rounds=2)
+    wanted = measure_models(SimulatedProfiler(), files, protocol)
+    before: list[str] = []
+    for after in (1, 5):
+        killed("networks", kept, files, protocol, "timing", after)
+        found = lines(kept)
+        assert found[: len(before)] == before
+        assert len(found) == after
+        before = found
+    assert measure_models(SimulatedProfiler(), files, protocol, journal=kept) == wanted
+    assert lines(kept)[:5] == before, "what was there was not measured again"
+    counted = Counter(json.loads(line)[0] for line in lines(kept))
+    assert list(counted.values()) == [2, 2, 2]
 
 
 # ---- the real thing

@@ -424,6 +424,47 @@ def test_a_float_convolution_between_integer_blocks_stays_float(
     assert (away > 0.5).mean() <= 0.03
 
 
+# ---- names
+
+
+def test_an_op_is_written_alike_wherever_it_stands() -> None:
+    """But for its number and that of the op before it; so it takes as many bytes."""
+    for precision, function in itertools.product((FP32, W8A8), ("relu", "hard_swish")):
+        stem = conv_norm_activation(
+            tensor(), CHANNELS, kernel=3, precision=W8A8, activation="hard_swish"
+        )
+        op = inverted_residual(
+            stem.output, CHANNELS, kernel=3, expansion=3, squeeze=4,
+            precision=precision, activation=function,
+        )  # fmt: skip
+        back = conv_norm_activation(
+            op.output, CHANNELS, kernel=1, precision=W8A8, activation="hard_swish"
+        )
+        ops = [stem, op, back] * 5
+        model = emit(ops, [random_parameters(o, np.random.default_rng(0)) for o in ops])
+        written: dict[int, list[bytes]] = {}
+        for node in model.graph.node:
+            number = int(node.name[2:5])
+            text = node.SerializeToString().replace(f"op{number:03d}".encode(), b"mine!")
+            text = text.replace(f"op{number - 1:03d}".encode(), b"given")
+            written.setdefault(number, []).append(text)
+        assert len(written) == 15
+        for number in range(3, 14):  # the first reads the input, the last is renamed
+            assert written[number] == written[number % 3 or 3]
+
+
+def test_every_name_is_there_once() -> None:
+    space = mobile_tiny(classes=10)
+    sampler, rng = UniformSampler(space), np.random.default_rng(11)
+    for seed in range(10):
+        graph = random_model(list(space.lower(sampler.sample(rng))), seed).graph
+        values = [name for node in graph.node for name in node.output]
+        values += [item.name for item in (*graph.initializer, *graph.input)]
+        for names in (values, [node.name for node in graph.node]):
+            assert all(names)
+            assert len(names) == len(set(names))
+
+
 # ---- a wrong declaration is found
 
 
