@@ -1,20 +1,23 @@
 """The data sets against other implementations, and the seal on TEST."""
 
 import gzip
+import hashlib
 import os
 import struct
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn import datasets
 from torch.nn import functional
 
-from hwnas.data import SIZE, Images, Splits, as_input, digits, fashion_mnist, load
+from hwnas.data import FORMS, SIZE, Images, Splits, as_input, digits, fashion_mnist, load
 from quant.errors import InvalidInput
 
 
@@ -28,14 +31,14 @@ def parts(splits: Splits) -> dict[str, Images]:
         return {"train": splits.train, "search_val": splits.search_val, "test": test}
 
 
-def tiny() -> Splits:
+def tiny(class_names: Sequence[str] = ()) -> Splits:
     rng = np.random.default_rng(0)
 
     def split(count: int) -> Images:
         x = rng.integers(0, 256, (count, 4, 4, 1), dtype=np.uint8)
         return Images(x, np.arange(count) % 5)
 
-    return Splits("tiny", split(10), split(6), split(7))
+    return Splits("tiny", split(10), split(6), split(7), class_names)
 
 
 # ---- digits
@@ -80,6 +83,46 @@ def test_no_image_of_digits_stands_in_two_splits(splits: Splits) -> None:
     assert max(counts.values()) == 1
 
 
+def test_digits_are_resized_only_when_asked(splits: Splits) -> None:
+    assert load("digits", size=8).fingerprint == splits.fingerprint
+    assert load("digits", size=32, resize=True).fingerprint == splits.fingerprint
+    small = load("digits", size=8, resize=True)
+    assert (small.size, small.channels, small.classes, small.name) == (8, 1, 10, "digits")
+    for part, whole in zip(parts(small).values(), parts(splits).values(), strict=True):
+        np.testing.assert_array_equal(part.y, whole.y)
+        for image, large in zip(part.x[:20], whole.x[:20], strict=True):
+            wanted = Image.fromarray(large[..., 0]).resize((8, 8), Image.Resampling.LANCZOS)
+            np.testing.assert_array_equal(image[..., 0], np.asarray(wanted))
+
+
+# ---- what a set says of itself
+
+
+def test_a_set_describes_itself_in_one_line(splits: Splits) -> None:
+    told = splits.describe()
+    assert told == ("1,797 images of 10 classes, 32 x 32 x 1: 900 train, 400 search-val, 497 test")
+    assert tiny().describe() == "23 images of 5 classes, 4 x 4 x 1: 10 train, 6 search-val, 7 test"
+
+
+def test_classes_have_their_numbers_for_names_or_those_that_are_given(splits: Splits) -> None:
+    assert splits.class_names == tuple("0123456789")
+    assert tiny("abcde").class_names == ("a", "b", "c", "d", "e")
+    with pytest.raises(ValueError, match="4 names for 5 classes"):
+        tiny("abcd")
+
+
+def test_mapped_splits_are_changed_alike_and_stay_sealed() -> None:
+    base = tiny("abcde")
+    turned = base.mapped(lambda x: 255 - x[:, ::2, ::2])
+    assert turned.name == base.name
+    assert (turned.size, turned.class_names) == (2, base.class_names)
+    for part, whole in zip(parts(turned).values(), parts(base).values(), strict=True):
+        np.testing.assert_array_equal(part.y, whole.y)
+        np.testing.assert_array_equal(part.x, 255 - whole.x[:, ::2, ::2])
+    with pytest.raises(RuntimeError, match="TEST is sealed"):
+        _ = turned.test
+
+
 # ---- the seal
 
 
@@ -102,9 +145,10 @@ def test_test_is_sealed_again_after_an_error_in_final() -> None:
         _ = splits.test
 
 
-def test_the_seal_is_not_opened_by_the_fingerprint() -> None:
+def test_the_seal_is_not_opened_by_the_fingerprint_or_the_description() -> None:
     splits = tiny()
     assert len(splits.fingerprint) == 16
+    assert "7 test" in splits.describe()
     with pytest.raises(RuntimeError, match="TEST is sealed"):
         _ = splits.test
 
@@ -143,6 +187,24 @@ def test_the_fingerprint_tells_any_change_of_images_classes_or_split() -> None:
     assert tiny().fingerprint == base.fingerprint
 
 
+def test_the_fingerprint_hashes_the_bytes_of_images_and_classes_in_order() -> None:
+    base = tiny()
+    digest = hashlib.sha256()
+    for part in parts(base).values():
+        digest.update(part.x.tobytes() + part.y.tobytes())
+    assert base.fingerprint == digest.hexdigest()[:16]
+    mirrored = base.mapped(lambda x: x[:, :, ::-1])  # no copy: its bytes lie the other way round
+    copied = base.mapped(lambda x: x[:, :, ::-1].copy())
+    assert mirrored.fingerprint == copied.fingerprint != base.fingerprint
+
+
+def test_the_fingerprint_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny()
+    before = base.fingerprint
+    monkeypatch.delattr(hashlib, "sha256")
+    assert base.fingerprint == before
+
+
 def test_the_first_images_are_a_prefix() -> None:
     images = tiny().train
     assert len(images.first(4)) == 4
@@ -171,19 +233,41 @@ def test_an_input_is_the_transposed_bytes_over_255_by_a_slow_loop() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "mnist", "digits:somewhere", "fashion-mnist", "fashion-mnist:", "DIGITS"]
+    "name",
+    [
+        "",
+        ":",
+        "mnist",
+        "digits:somewhere",
+        "fashion-mnist",
+        "fashion-mnist:",
+        "DIGITS",
+        "folder",
+        "folder:",
+        "torchvision",
+        "torchvision:",
+        "images.npy",
+    ],
 )
 def test_an_unknown_data_set_is_refused_with_what_is_accepted(name: str) -> None:
     with pytest.raises(InvalidInput) as caught:
-        load(name)
-    assert repr(name) in caught.value.what
-    assert "digits" in caught.value.accepted
-    assert "fashion-mnist:DIR" in caught.value.accepted
+        load(name, size=32)
+    assert caught.value.what == f"--data is {name!r}."
+    for form in ("digits", "fashion-mnist:DIR", "FILE.npz", "folder:DIR", "torchvision:NAME"):
+        assert form in FORMS
+        assert form in caught.value.accepted
     assert caught.value.next_step
 
 
+@pytest.mark.parametrize("size", [0, -3])
+@pytest.mark.parametrize("name", ["digits", "folder:nowhere", "nowhere.npz"])
+def test_a_size_without_pixels_is_refused(name: str, size: int) -> None:
+    with pytest.raises(InvalidInput, match=f"--image-size is {size}"):
+        load(name, size=size)
+
+
 def test_digits_are_loaded_by_name(splits: Splits) -> None:
-    assert load("digits").fingerprint == splits.fingerprint
+    assert load("digits", size=32).fingerprint == splits.fingerprint
 
 
 @pytest.mark.parametrize("place", ["nowhere", "empty", "file"])
@@ -191,7 +275,7 @@ def test_a_folder_without_fashion_mnist_is_refused(place: str, tmp_path: Path) -
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(InvalidInput, match="train-images-idx3-ubyte") as caught:
-        load(f"fashion-mnist:{tmp_path / place}")
+        load(f"fashion-mnist:{tmp_path / place}", size=32)
     assert str(tmp_path / place) in caught.value.what
     assert "four files" in caught.value.accepted
 
@@ -205,7 +289,7 @@ def idx(array: np.ndarray) -> bytes:
     return header + array.astype(np.uint8).tobytes()
 
 
-def write_set(folder: Path, *, zipped: bool, train: int = 30, test: int = 12) -> None:
+def write_set(folder: Path, *, zipped: bool, train: int = 180, test: int = 12) -> None:
     """Image i is filled with the byte i; its class is i % 10."""
     folder.mkdir(parents=True)
     for stem, count in (("train", train), ("t10k", test)):
@@ -224,13 +308,13 @@ def test_idx_files_are_read_gzipped_or_not_anywhere_under_the_folder(
 ) -> None:
     write_set(tmp_path / "set" / inner, zipped=zipped)
     splits = fashion_mnist(tmp_path / "set")
-    assert (len(splits.train), len(splits.search_val)) == (25, 5)  # SEARCH-VAL is a sixth
+    assert (len(splits.train), len(splits.search_val)) == (150, 30)  # SEARCH-VAL is a sixth
     both = (splits.train, splits.search_val)
     train = Images(*(np.concatenate([getattr(part, axis) for part in both]) for axis in "xy"))
-    assert train.x.shape == (30, SIZE, SIZE, 1)
+    assert train.x.shape == (180, SIZE, SIZE, 1)
     assert train.x.dtype == np.uint8
     with splits.final() as test:
-        for images, count in ((train, 30), (test, 12)):
+        for images, count in ((train, 180), (test, 12)):
             number = images.x[:, 16, 16, 0].astype(int) - 1
             assert sorted(number.tolist()) == list(range(count))
             np.testing.assert_array_equal(images.y, number % 10)  # labels move with their images
@@ -238,7 +322,9 @@ def test_idx_files_are_read_gzipped_or_not_anywhere_under_the_folder(
             assert (inside == inside[:, :1, :1]).all()
             assert (images.x.sum((1, 2, 3), dtype=int) == 28 * 28 * (number + 1)).all()
         assert test.x[:, 16, 16, 0].tolist() == list(range(1, 13))  # TEST stays in its order
-    assert not np.array_equal(train.x[:, 16, 16, 0], np.arange(1, 31))  # TRAIN is shuffled
+    # TRAIN and SEARCH-VAL are one permutation, on which results depend
+    order = np.random.default_rng(0).permutation(180)
+    np.testing.assert_array_equal(train.x[:, 16, 16, 0], order + 1)
 
 
 def test_gzipped_and_plain_files_give_the_same_data(tmp_path: Path) -> None:
@@ -262,10 +348,12 @@ def test_one_missing_idx_file_is_named(missing: str, tmp_path: Path) -> None:
         ("train-images-idx3-ubyte", b""),
         ("train-images-idx3-ubyte", idx(np.zeros((30, 28, 28)))[:5000]),
         ("train-labels-idx1-ubyte", b"not an idx file, only some text"),
+        ("train-labels-idx1-ubyte", idx(np.zeros((180, 1)))),
+        ("train-images-idx3-ubyte", idx(np.zeros((180, 784)))),
         ("t10k-images-idx3-ubyte.gz", b"not gzip"),
         ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((12, 28, 28))))[:30]),
     ],
-    ids=["empty", "truncated", "text", "not gzip", "truncated gzip"],
+    ids=["empty", "truncated", "text", "two-dimensional labels", "flat", "not gzip", "cut gzip"],
 )
 def test_a_damaged_idx_file_is_refused_with_its_path(
     name: str, content: bytes, tmp_path: Path
@@ -276,12 +364,44 @@ def test_a_damaged_idx_file_is_refused_with_its_path(
         fashion_mnist(tmp_path / "set")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("t10k-labels-idx1", np.zeros(11), "holds 12 images, t10k-labels 11 classes"),
+        ("train-images-idx3", np.zeros((180, 28, 20)), "32 x 24 and 32 x 32 pixels"),
+        ("train-images-idx3", np.zeros((180, 30, 30)), "32 x 32 and 34 x 34 pixels"),
+        ("t10k-labels-idx1", np.full(12, 10), "of class 10 in TEST, but none in TRAIN"),
+        ("train-labels-idx1", np.arange(180) % 10 + 1, "class 0 in TEST, but none in TRAIN"),
+        ("train-labels-idx1", np.arange(180) // 176, "has 4 images of class 1"),
+    ],
+)
+def test_idx_files_that_do_not_belong_together_are_refused(
+    name: str, content: np.ndarray, words: str, tmp_path: Path
+) -> None:
+    write_set(tmp_path / "set", zipped=False)
+    if words.endswith("class 1"):
+        (tmp_path / "set" / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(12)))
+    (tmp_path / "set" / f"{name}-ubyte").write_bytes(idx(content))
+    with pytest.raises(InvalidInput, match=words):
+        fashion_mnist(tmp_path / "set")
+
+
+def test_fashion_mnist_is_resized_only_when_asked(tmp_path: Path) -> None:
+    write_set(tmp_path / "set", zipped=False)
+    whole = load(f"fashion-mnist:{tmp_path / 'set'}", size=16)
+    small = load(f"fashion-mnist:{tmp_path / 'set'}", size=16, resize=True)
+    assert (whole.size, small.size) == (SIZE, 16)
+    assert whole.fingerprint == fashion_mnist(tmp_path / "set").fingerprint
+    np.testing.assert_array_equal(small.train.x[:, 8, 8], whole.train.x[:, 16, 16])  # flat inside
+    np.testing.assert_array_equal(small.train.y, whole.train.y)
+
+
 @pytest.fixture(scope="module")
 def real() -> Splits:
     folder = os.environ.get("HWNAS_DATA_DIR")
     if not folder or not (Path(folder) / "fashion-mnist").is_dir():
         pytest.skip("HWNAS_DATA_DIR names no folder with fashion-mnist/ in it")
-    return load(f"fashion-mnist:{folder}/fashion-mnist")
+    return load(f"fashion-mnist:{folder}/fashion-mnist", size=32)
 
 
 def test_fashion_mnist_comes_in_the_stated_sizes_without_overlap(real: Splits) -> None:
