@@ -28,13 +28,15 @@ _PUBLIC = {
     "search_to_certificate": "hwnas.run",
 }
 
+_ROOMS = ("config", "listing", "predict", "run")
+
 __all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name, or the stages in `hwnas.run`, when it is first used."""
-    if name == "run":
-        return importlib.import_module("hwnas.run")
+    """Load a public name, or a room that the commands use, when it is first used."""
+    if name in _ROOMS:
+        return importlib.import_module(f"hwnas.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'hwnas' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

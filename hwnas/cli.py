@@ -1,89 +1,96 @@
-"""The commands: parse, call one function of `hwnas.run`, print."""
+"""The commands: parse, call one function of the stages, print."""
 
-import json
-import math
-import os
+import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 import hwnas
-from quant.errors import HwnasError, InvalidInput, Unreachable
+from hwnas.flags import (
+    AsJson,
+    Batch,
+    ConfigFile,
+    Data,
+    Device,
+    ImageSize,
+    LatencyMs,
+    LimitFraction,
+    MaxActivationMb,
+    MaxBitops,
+    MaxMacs,
+    MaxParams,
+    MaxSizeMb,
+    Method,
+    Quiet,
+    Recipe,
+    RunPath,
+    Seed,
+    Space,
+    Tables,
+    Threads,
+    Verbose,
+)  # fmt: skip
+from hwnas.opening import (
+    announce_feasibility,
+    announce_noise,
+    announce_profile,
+    announce_recipe,
+    opened_job,
+    opened_limits,
+    opened_result,
+    tables_folder,
+)
+from hwnas.screen import Rows, Screen, columns, outcome, unread
+from quant.errors import InvalidInput
 
 if TYPE_CHECKING:  # loaded when a command uses it (see hwnas/__init__.py): help must be quick
+    import hwnas.listing
+    import hwnas.predict
     import hwnas.run
-    from hwnas.run import Job
-    from hwnas.store import Run
 
 app = typer.Typer(
-    help="Find the most accurate network under a latency limit, measured on your device.",
-    no_args_is_help=True,
+    name="hwnas",
+    help="Find the most accurate network under hard limits, measured on your device.",
     add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+tables_app = typer.Typer()
+app.add_typer(tables_app, name="tables")
 
-Space = Annotated[
-    str | None, typer.Option(help="A space's name, or path.py:function. [default: mobile-tiny]")
-]
-Data = Annotated[str | None, typer.Option(help="digits, or fashion-mnist:DIR. [default: digits]")]
-Device = Annotated[str | None, typer.Option(help="cpu, gpu or simulated. [default: cpu]")]
-Threads = Annotated[int | None, typer.Option(help="Threads of the runtime. [default: 1]", min=1)]
-Batch = Annotated[int | None, typer.Option(help="Images a call. [default: 1]", min=1)]
-Method = Annotated[str | None, typer.Option(help="The search system. [default: spos]")]
-Recipe = Annotated[
-    str | None, typer.Option(help="How much is trained and searched. [default: quick]")
-]
-Seed = Annotated[int | None, typer.Option(help="The seed of everything random. [default: 0]")]
-Tables = Annotated[
-    Path | None,
-    typer.Option(help="Folder of latency tables. [default: $HWNAS_HOME/tables, else ./tables]"),
-]
-RunPath = Annotated[
-    Path | None, typer.Option("--run", help="A run directory. [default: the newest that matches]")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-LatencyMs = Annotated[float | None, typer.Option(help="The latency limit in milliseconds.")]
-Fraction = Annotated[
-    float | None,
-    typer.Option(
-        help="Instead of --latency-ms: this far from the smallest reachable bound to the largest.",
-        min=0,
-        max=1,
-    ),
-]
-
-_screen = Console(stderr=True, highlight=False, markup=False)
+_UsageError: Any = typer.BadParameter.__bases__[0]
+"""What the option parser raises; typer has no public name for it."""
 
 
 @app.command()
 def profile(
     space: Space = None,
     data: Data = None,
+    image_size: ImageSize = None,
     device: Device = None,
     threads: Threads = None,
     batch: Batch = None,
     recipe: Recipe = None,
+    config: ConfigFile = None,
     tables: Tables = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure every op of a space on this device, and calibrate on whole networks.
 
     Example: hwnas profile --device cpu --threads 1
     """
-    with _outcome(as_json) as done, _job(locals()) as job:
-        _announce_profile(job)
-        table, found, quality = job.table, job.latency_range(), job.model.quality
-        done(
+    with _command(locals()) as screen, opened_job(locals(), screen) as (job, _):
+        announce_profile(job, hwnas.run.plan(job), screen)
+        table, quality, found = job.table, job.model.quality, job.latency_range()
+        announce_noise(job, screen)
+        screen.done(
             {
                 "table": str(job.table_path),
                 "rows": len(table.rows),
@@ -110,283 +117,363 @@ def profile(
 def train(
     space: Space = None,
     data: Data = None,
+    image_size: ImageSize = None,
     device: Device = None,
     threads: Threads = None,
     batch: Batch = None,
     method: Method = None,
     recipe: Recipe = None,
     seed: Seed = None,
+    config: ConfigFile = None,
     tables: Tables = None,
     run: RunPath = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train the supernet of a run; it goes on where it stopped.
 
-    Example: hwnas train --data digits
+    Example: hwnas train --data folder:photos --space mobile
     """
-    with _outcome(as_json) as done, _job(locals()) as job:
+    with _command(locals()) as screen, opened_job(locals(), screen) as (job, _):
         where = hwnas.run.open_run(job)
+        screen.known["run"] = str(where.path)
         with where.locked():
+            announce_recipe(job, where, (), screen)
             hwnas.run.train(job, where)
-        facts = {"run": str(where.path), "steps": job.recipe.supernet.steps}
-        done(facts, [("run", str(where.path)), ("steps", str(job.recipe.supernet.steps))])
+        steps = job.recipe.supernet.steps
+        screen.done({"steps": steps}, [("run", str(where.path)), ("steps", str(steps))])
 
 
 @app.command()
 def search(
     latency_ms: LatencyMs = None,
-    limit_fraction: Fraction = None,
+    limit_fraction: LimitFraction = None,
+    max_params: MaxParams = None,
+    max_macs: MaxMacs = None,
+    max_size_mb: MaxSizeMb = None,
+    max_bitops: MaxBitops = None,
+    max_activation_mb: MaxActivationMb = None,
     space: Space = None,
     data: Data = None,
+    image_size: ImageSize = None,
     device: Device = None,
     threads: Threads = None,
     batch: Batch = None,
     method: Method = None,
     recipe: Recipe = None,
     seed: Seed = None,
+    config: ConfigFile = None,
     tables: Tables = None,
     run: RunPath = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Find, train, export and measure the most accurate network under a limit.
+    """Find, train, export and measure the most accurate network under hard limits.
 
-    Does whatever is missing: the table, the supernet, the search, the finalists' training.
+    Does whatever is missing. Other limits on the same run train no supernet again.
 
-    Example: hwnas search --latency-ms 0.25
+    Example: hwnas search --latency-ms 0.25 --max-size-mb 0.2
     """
-    with _outcome(as_json) as done, _job(locals()) as job:
-        if (latency_ms is None) == (limit_fraction is None):
+    flags = locals()
+    with _command(flags) as screen, opened_job(flags, screen) as (job, limited):
+        given = {"latency_ms": latency_ms, "params": max_params, "macs": max_macs,
+                 "size_mb": max_size_mb, "bitops": max_bitops,
+                 "activation_mb": max_activation_mb}  # fmt: skip
+        limited = dict(limited) | {name: x for name, x in given.items() if x is not None}
+        if limit_fraction is not None and latency_ms is not None:
             raise InvalidInput(
-                "A search needs one limit.",
-                accepted="--latency-ms X, or --limit-fraction F",
+                "A search needs one latency limit.", accepted="--latency-ms or --limit-fraction"
+            )
+        if not limited and limit_fraction is None:
+            raise InvalidInput(
+                "A search needs one limit or more.",
+                accepted="--limit-fraction F, "
+                + ", ".join(f"{f} X" for f in hwnas.run.LIMITS.values()),
                 next_step="hwnas search --limit-fraction 0.5",
             )
-        _announce_profile(job)
-        found = job.latency_range()
-        if latency_ms is None:
-            share = (limit_fraction or 0.0) * (found.largest - found.smallest)
-            latency_ms = _rounded_up(found.smallest + share)
-        limit = job.latency_limit(latency_ms)
-        _announce_limit(latency_ms, found.smallest, found.largest)
-        hwnas.run.FeasibleSet(job.space, [limit])
+        limits = opened_limits(job, limited, limit_fraction, screen)
+        feasible = hwnas.run.FeasibleSet(job.space, limits)
+        announce_feasibility(feasible, screen)
         where = hwnas.run.open_run(job)
+        screen.known["run"] = str(where.path)
         with where.locked():
-            summary = hwnas.run.search_to_certificate(job, where, [limit])
-        done(summary, hwnas.run.result_rows(summary))
+            announce_recipe(job, where, limits, screen)
+            summary = hwnas.run.search_to_certificate(job, where, limits)
+        screen.done(summary, hwnas.run.result_rows(summary))
 
 
 @app.command()
-def retrain(run: RunPath = None, tables: Tables = None, as_json: AsJson = False) -> None:
+def retrain(
+    run: RunPath = None,
+    tables: Tables = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
     """Train the finalists of a run's newest result.
 
     Example: hwnas retrain --run runs/mobile-tiny-digits-cpu-1
     """
-    with _outcome(as_json) as done, _result(run, tables) as (job, where, result):
+    with _command(locals()) as screen, opened_result(run, tables, screen) as (job, where, result):
         networks = hwnas.run.retrain_finalists(job, where, result)
         found = [hwnas.run.torch_accuracy(network, job.splits) for network in networks]
         rows = [(f"finalist {n}", f"{a:.2%} on SEARCH-VAL") for n, a in enumerate(found)]
-        done({"run": str(where.path), "search_val": found}, rows)
+        screen.done({"search_val": found}, rows)
 
 
 @app.command()
 def export(
     run: RunPath = None,
     tables: Tables = None,
-    as_json: AsJson = False,
     format_: Annotated[str, typer.Option("--format", help="onnx.")] = "onnx",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write the finalists of a run's newest result as files, and hold them against PyTorch.
 
     Example: hwnas export --run runs/mobile-tiny-digits-cpu-1
     """
-    with _outcome(as_json) as done:
+    with _command(locals()) as screen:
         if format_ != "onnx":
             raise InvalidInput(f"--format is {format_!r}.", accepted="onnx")
-        with _result(run, tables) as (job, where, result):
+        with opened_result(run, tables, screen) as (job, where, result):
             found = hwnas.run.export(job, where, result)
             rows = [
                 (str(c.path), f"{c.search_val:.2%} on SEARCH-VAL, answers as PyTorch on "
                               f"{c.agreement.same_class:.2%} of the images")
                 for c in found
             ]  # fmt: skip
-            done({"run": str(where.path), "files": [str(c.path) for c in found]}, rows)
+            screen.done({"files": [str(c.path) for c in found]}, rows)
 
 
 @app.command()
-def verify(run: RunPath = None, tables: Tables = None, as_json: AsJson = False) -> None:
+def verify(
+    run: RunPath = None,
+    tables: Tables = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
     """Measure a run's newest result again, in fresh processes, against its certificate.
 
     Example: hwnas verify --run runs/mobile-tiny-digits-cpu-1
     """
-    with _outcome(as_json) as done, _result(run, tables) as (job, where, result):
+    with _command(locals()) as screen, opened_result(run, tables, screen) as (job, where, result):
         if (result / "certificate.json").exists():
             content = hwnas.run.remeasure(job, result)
         else:
             content = hwnas.run.verify(job, where, hwnas.run.read_limits(job, result))
-        measured, limit = content["measured"], content["limits"]["latency_ms"]
-        holds = measured["median_ms"] <= limit and measured["stable"]
-        median, p95 = measured["median_ms"], measured["p95_ms"]
+        measured = content["measured"]
+        holds = all(content["holds"].values()) and measured["stable"]
         facts = {
             "status": "ok" if holds else "failed",
             "exit_code": 0 if holds else 4,
-            "run": str(where.path),
             "limits": content["limits"],
+            "holds": content["holds"],
             "measured": measured,
             "accuracy": content["accuracy"],
             "certificate": str(result / "certificate.json"),
         }
         rows = [
-            ("limit", f"{limit:.4g} ms"),
-            ("measured", f"{median:.4g} ms median, {p95:.4g} ms p95"),
-            ("verdict", "under the limit" if holds else "NOT under the limit, or unstable"),
+            *(("limit", f"{hwnas.run.limit_text(name, value)}: "
+                        f"{'holds' if content['holds'][name] else 'DOES NOT HOLD'}")
+              for name, value in content["limits"].items()),
+            ("measured", f"{measured['median_ms']:.4g} ms median, {measured['p95_ms']:.4g} ms p95, "
+                         f"{'stable' if measured['stable'] else 'UNSTABLE'}"),
             ("accuracy on TEST", f"{content['accuracy']['test']:.2%}"),
+        ]  # fmt: skip
+        screen.done(facts, rows)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="model.onnx, or architecture.json of a result.")],
+    table: Annotated[
+        Path | None, typer.Option(help="A latency table. (default: this device's, in --tables)")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Which of the table's latency models.")
+    ] = None,
+    space: Space = None,
+    data: Data = None,
+    image_size: ImageSize = None,
+    device: Device = None,
+    threads: Threads = None,
+    batch: Batch = None,
+    tables: Tables = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Predict the latency of a network from a table, op by op, with its upper bound.
+
+    Example: hwnas predict runs/mobile-tiny-digits-cpu-1/results/latency_ms=0.2/model.onnx
+    """
+    flags = locals()
+    with _command(flags) as screen:
+        of_run = hwnas.predict.run_of(model)
+        with opened_job({**flags, "run": of_run}, screen) as (job, _):
+            found = hwnas.predict.predict_file(model, job, table, calibration)
+        rows = [(f"{op.cost_us:.1f} us", op.key) for op in found.ops]
+        rows += [
+            ("predicted", f"{found.latency_ms:.4g} ms"),
+            ("bound", f"{found.upper_latency_ms:.4g} ms at {found.coverage:.0%}"),
+            ("table", found.table),
+            ("calibration", found.calibration),
         ]
-        done(facts, rows)
+        screen.done(asdict(found), rows)
 
 
-def main() -> None:
-    """Run the command line."""
-    app()
+@app.command()
+def devices(as_json: AsJson = False) -> None:
+    """What can be measured on this machine, and why the rest cannot.
+
+    Example: hwnas devices
+    """
+    with _command(locals()) as screen:
+        found = hwnas.listing.devices()
+        rows = [(x["device"], x["about"]) for x in found]
+        screen.done({"devices": found}, rows)
+
+
+@app.command()
+def spaces(space: Space = None, as_json: AsJson = False) -> None:
+    """The search spaces, or one of them: how large, and what its networks count.
+
+    Example: hwnas spaces --space examples/own_space.py:space
+    """
+    with _command(locals()) as screen:
+        found = hwnas.listing.spaces(space)
+        head = ["space", "px", "genes", "architectures", "rows", "params", "MACs"]
+        lines = [
+            [x["space"], str(x["image_size"]), str(len(x["genes"])), f"{x['architectures']:.2g}",
+             str(x["rows"]), *(f"{x['smallest'][c]:.3g} to {x['largest'][c]:.3g}"
+                               for c in ("params", "macs"))]
+            for x in found
+        ]  # fmt: skip
+        screen.done({"spaces": found}, _as_rows(head, lines))
+
+
+@tables_app.callback(invoke_without_command=True)
+def list_tables(context: typer.Context, tables: Tables = None, as_json: AsJson = False) -> None:
+    """The latency tables of a folder; `hwnas tables show FILE` tells what is in one.
+
+    Example: hwnas tables --tables tables
+    """
+    if context.invoked_subcommand is not None:
+        return
+    with _command(locals()) as screen:
+        folder = tables_folder(tables)
+        found = hwnas.listing.tables(folder)
+        head = ["table", "device", "runtime", "threads", "batch", "rows", "error"]
+        lines = [
+            [x["table"], x["error"], "", "", "", "", ""]
+            if "error" in x
+            else [x["table"], x["device"], x["runtime"], str(x["threads"]), str(x["batch"]),
+                  str(x["rows"]),
+                  ", ".join(f"{m['mean_error']:.1%}" for m in x["models"].values()) or "none yet"]
+            for x in found
+        ]  # fmt: skip
+        none = [("no tables", f"in {folder}; hwnas profile makes one")]
+        screen.done({"tables": found}, _as_rows(head, lines) if found else none)
+
+
+@tables_app.command("show")
+def show_table(
+    context: typer.Context,
+    table: Annotated[Path, typer.Argument(help="A table's file.")],
+    as_json: AsJson = False,
+) -> None:
+    """What is in a table: host, protocol, latency models with their error, and every row.
+
+    Example: hwnas tables show tables/cpu-onnxruntime-t1-b1.parquet
+    """
+    above = context.parent.params if context.parent else {}
+    with _command({"as_json": as_json or above.get("as_json", False)}) as screen:
+        found = hwnas.listing.table(table)
+        rows = [(name, str(value)) for name, value in found["host"].items() if value]
+        rows += [
+            (f"model of {name}", f"{m['quality']['mean_error']:.1%} mean error, bound "
+                                 f"{m['upper_ratio']:.3f} x prediction at {m['coverage']:.0%}")
+            for name, m in found["models"].items()
+        ]  # fmt: skip
+        rows += [(f"{row['median_us']:.1f} us", row["key"]) for row in found["rows"]]
+        screen.done(found, rows)
+
+
+@app.command()
+def runs(
+    root: Annotated[Path, typer.Argument(help="The folder of runs.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """The runs under a folder, newest first, with their results.
+
+    Example: hwnas runs
+    """
+    with _command(locals()) as screen:
+        found = hwnas.listing.runs(root)
+        head = ["run", "recipe", "result", "measured", "TEST"]
+        lines = []
+        for x in found:
+            results = x["results"] or [{"result": "none yet", "measured_ms": None, "test": None}]
+            lines += [
+                [x["run"], x["recipe"], r["result"],
+                 "" if r["measured_ms"] is None else f"{r['measured_ms']:.4g} ms",
+                 "" if r["test"] is None else f"{r['test']:.2%}"]
+                for r in results
+            ]  # fmt: skip
+        none = [("no runs", f"in {root}; hwnas search makes one")]
+        screen.done({"runs": found}, _as_rows(head, lines) if found else none)
+
+
+def run(arguments: list[str]) -> int:
+    """One command; what it printed is out, and the answer is its exit code."""
+    screen = Screen(as_json="--json" in arguments)
+    try:
+        return int(app(arguments or ["--help"], prog_name="hwnas", standalone_mode=False) or 0)
+    except _UsageError as error:
+        context = getattr(error, "ctx", None)
+        told = " ".join(error.format_message().split())
+        command = context.command_path if context else "hwnas"
+        screen.fail(InvalidInput(told, next_step=f"{command} --help"))
+    except (KeyboardInterrupt, typer.Abort):
+        screen.interrupted()
+    except SystemExit as left:  # how typer and rich answer a closed pipe; nothing else of theirs
+        if not isinstance(left.__context__, BrokenPipeError):
+            raise
+        unread(sys.stdout)  # whoever read our output has left, which is no failure
+    return screen.exit_code
+
+
+def main() -> NoReturn:
+    """The program `hwnas`. A polite request to stop is answered like Ctrl-C."""
+    signal.signal(signal.SIGTERM, _stop)
+    code = run(sys.argv[1:])
+    for late in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(late, signal.SIG_IGN)  # the answer is out, and leaving takes torch a moment
+    sys.exit(code)
+
+
+def _stop(_signal: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 # ---- what the commands share
 
 
-_REQUEST = ("space", "data", "device", "threads", "batch", "method", "recipe", "seed")
-
-
 @contextmanager
-def _job(flags: dict[str, Any]) -> Iterator["Job"]:
-    """The job that a command's flags ask for, with a progress bar while it works.
-
-    With --run, flags that were not given are the run's own; raises InvalidInput where one that was
-    given contradicts it.
-    """
-    given = {name: flags[name] for name in _REQUEST if flags.get(name) is not None}
-    path: Path | None = flags.get("run")
-    if path is not None and (path / "config.yaml").exists():
-        config = hwnas.run.read_run(path).config
-        for name, value in given.items():
-            if value != (known := getattr(config, name)):
-                raise InvalidInput(
-                    f"--{name} {value} contradicts {path}, whose {name} is {known}.",
-                    next_step=f"drop --{name}, or name another --run",
-                )
-        given = {name: getattr(config, name) for name in _REQUEST}
-    request = hwnas.run.Request(**given, tables=_tables(flags.get("tables")), run=path)
-    with _progress() as progress:
-        yield hwnas.run.Job(request, progress)
+def _command(flags: Mapping[str, Any]) -> Iterator[Screen]:
+    """The screen of a command; leaves with its exit code."""
+    quiet, verbose = flags.get("quiet", False), flags.get("verbose", False)
+    with outcome(as_json=flags["as_json"], quiet=quiet, verbose=verbose) as screen:
+        if quiet and verbose:
+            raise InvalidInput("--quiet contradicts --verbose.", next_step="drop one of them")
+        yield screen
+    raise typer.Exit(screen.exit_code)
 
 
-@contextmanager
-def _result(run: Path | None, tables: Path | None) -> Iterator[tuple["Job", "Run", Path]]:
-    """The job, run and newest result that the later stages work on, with the run held."""
-    if run is None:
-        configs = sorted(Path("runs").glob("*/config.yaml"), key=lambda p: p.stat().st_mtime)
-        if not configs:
-            raise InvalidInput("There is no run under ./runs.", next_step="run hwnas search")
-        run = configs[-1].parent
-    where = hwnas.run.read_run(run)
-    with _progress() as progress, where.locked():
-        job = hwnas.run.Job(hwnas.run.request_of(where, _tables(tables)), progress)
-        yield job, where, where.best()
-
-
-def _tables(given: Path | None) -> Path:
-    home = os.environ.get("HWNAS_HOME")
-    return given or (Path(home) / "tables" if home else Path("tables"))
-
-
-@contextmanager
-def _outcome(as_json: bool) -> Iterator[Callable[[dict[str, Any], list[tuple[str, str]]], None]]:
-    """Print what a command found, or why it could not, and leave with its exit code."""
-    code = 0
-
-    def done(facts: dict[str, Any], rows: list[tuple[str, str]]) -> None:
-        nonlocal code
-        content = {"status": "ok", "exit_code": 0, **facts}
-        code = content["exit_code"]
-        if as_json:
-            _print_json(content)
-        else:
-            _print_rows(rows)
-
-    try:
-        yield done
-    except HwnasError as error:
-        code = error.exit_code
-        _screen.print(Text("error:", style="bold red"), Text(str(error)), soft_wrap=True)
-        if as_json:
-            _print_json(_failure(error))
-    except KeyboardInterrupt:
-        code = 130
-        _screen.print("Interrupted. The same command goes on where this one stopped.")
-        if as_json:
-            what = {"what": "interrupted", "accepted": "", "next": "run the same command again"}
-            _print_json({"status": "interrupted", "exit_code": code, "error": what})
-    except Exception as error:  # a defect of ours: the traceback goes to standard error
-        code = HwnasError.exit_code
-        _screen.print(traceback.format_exc(), soft_wrap=True)
-        if as_json:
-            what = {"what": f"{type(error).__name__}: {error}", "accepted": "", "next": "report it"}
-            _print_json({"status": "error", "exit_code": code, "error": what})
-    raise typer.Exit(code)
-
-
-def _failure(error: HwnasError) -> dict[str, Any]:
-    told = {"what": error.what, "accepted": error.accepted, "next": error.next_step}
-    content: dict[str, Any] = {"status": "error", "exit_code": error.exit_code, "error": told}
-    if isinstance(error, Unreachable):
-        content |= {"feasible_min": error.smallest, "feasible_max": error.largest}
-    return content
-
-
-def _print_json(content: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(content, indent=2) + "\n")
-
-
-def _print_rows(rows: list[tuple[str, str]]) -> None:
-    width = max(len(what) for what, _ in rows)
-    screen = Console(highlight=False, markup=False, soft_wrap=True)
-    for what, value in rows:
-        screen.print(Text(what.ljust(width + 2), style="bold"), value, sep="")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    with Progress(*columns, console=_screen, disable=not _screen.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def tell(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = bars.add_task(label, total=total)
-            bars.update(tasks[label], completed=done, total=total)
-
-        yield tell
-
-
-def _rounded_up(value: float, digits: int = 4) -> float:
-    """The value with a few significant digits, never less than it was."""
-    unit = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
-    return float(f"{math.ceil(value / unit) * unit:.{digits}g}")
-
-
-def _announce_profile(job: "Job") -> None:
-    plan = hwnas.run.plan(job)
-    if plan.missing or plan.networks:
-        _screen.print(
-            f"Profiling {plan.missing} of {plan.rows} ops and {plan.networks} whole networks on "
-            f"{job.request.device}: about {max(plan.minutes, 0.1):.1f} minutes.",
-            soft_wrap=True,
-        )
-
-
-def _announce_limit(value: float, smallest: float, largest: float) -> None:
-    told = f"Limit {value:.4g} ms; this space reaches {smallest:.4g} to {largest:.4g} ms"
-    if value >= largest:
-        middle = (smallest + largest) / 2
-        told += f", so the limit does not bind: try --latency-ms {middle:.2g}"
-    _screen.print(f"{told}.", soft_wrap=True)
+def _as_rows(head: list[str], lines: list[list[str]]) -> Rows:
+    return [("", line) for line in columns(head, lines)]

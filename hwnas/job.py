@@ -1,50 +1,78 @@
-"""A request made concrete, and the table that it needs: rows, then the calibrated model."""
+"""A request made concrete: its data, space, device, limits, and the table that it needs."""
 
 import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import hwnas.data
-from hwnas.costs.feasible import Range, reachable
-from hwnas.costs.limits import AdditiveCost, Limit, latency_cost
+from hwnas.costs.feasible import FeasibleSet, Range, reachable
+from hwnas.costs.limits import AdditiveCost, Cost, Limit, counted_cost, latency_cost, size_cost
 from hwnas.costs.samplers import UniformSampler
 from hwnas.data import Splits
 from hwnas.methods.registry import method
-from hwnas.recipes import recipe
+from hwnas.recipes import Recipe, recipe
 from hwnas.spaces.base import Architecture, SearchSpace
-from hwnas.spaces.registry import load_space
-from hwnas.store import Run, RunConfig
+from hwnas.spaces.registry import image_size, load_space
+from hwnas.store import RUN_TABLE, Run, RunConfig
 from latency_tables.model import LatencyModel, MeasuredNetwork, calibrate
+from latency_tables.ops import OpSpec
 from latency_tables.table import LatencyTable
 from profilers.base import Profiler
-from profilers.build import Progress, build_rows, measure_models, minutes, open_table, quiet
+from profilers.build import (
+    Progress,
+    build_rows,
+    forget,
+    measure_models,
+    minutes,
+    open_table,
+    quiet,
+    table_lock,
+)
 from profilers.devices import open_profiler
 from profilers.graphs import emit, random_parameters
 from profilers.measure import Measurement
+from profilers.sizes import BASE_BYTES, file_bytes
 from quant.errors import InvalidInput
 
 CALIBRATION_SEED = 1
 LEAST_NETWORKS = 10
+LATENCY = "latency_ms"
+
+LIMITS = {
+    LATENCY: "--latency-ms",
+    "params": "--max-params",
+    "macs": "--max-macs",
+    "size_mb": "--max-size-mb",
+    "bitops": "--max-bitops",
+    "activation_mb": "--max-activation-mb",
+}
+"""The costs that can be limited, and the flag of each."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a run is asked to be of, and where things are kept."""
+    """What a run is asked to be of, and where things are kept.
+
+    Without `recipe` it is `quick` for digits, else `standard`; a mapping names a recipe and the
+    fields that differ. Without `image_size` it is the data's own, or what the space is meant for.
+    """
 
     space: str = "mobile-tiny"
     data: str = "digits"
+    image_size: int | None = None
     device: str = "cpu"
     threads: int = 1
     batch: int = 1
     method: str = "spos"
-    recipe: str = "quick"
+    recipe: str | Mapping[str, Any] | Recipe | None = None
     seed: int = 0
     tables: Path = Path("tables")
     run: Path | None = None
@@ -52,12 +80,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `profile` will do: rows to measure, and about how long all of it takes."""
+    """What `profile` will do: rows to measure, and about how long all of it takes. `probe_ms` is
+    what the smallest and the largest network (by MACs) take, timed once; zero where all is there.
+    """
 
     rows: int
     missing: int
     networks: int
     minutes: float
+    probe_ms: tuple[float, float]
 
 
 class Job:
@@ -66,13 +97,18 @@ class Job:
     def __init__(self, request: Request, progress: Progress = quiet) -> None:
         self.request = request
         self.progress = progress
-        self.recipe = recipe(request.recipe)
+        self.recipe = recipe(
+            request.recipe or ("quick" if request.data == "digits" else "standard")
+        )
         self.method = method(request.method)
+        self._costs: dict[str, Cost] = {}
 
     @cached_property
     def splits(self) -> Splits:
         """The data."""
-        return hwnas.data.load(self.request.data)
+        asked = self.request.image_size
+        size = image_size(self.request.space) if asked is None else asked
+        return hwnas.data.load(self.request.data, size=size, resize=asked is not None)
 
     @cached_property
     def space(self) -> SearchSpace:
@@ -129,21 +165,67 @@ class Job:
             space_fingerprint=self.space.fingerprint,
             data=request.data,
             data_fingerprint=self.splits.fingerprint,
+            image_size=self.splits.size,
             device=request.device,
             threads=request.threads,
             batch=request.batch,
             method=request.method,
-            recipe=request.recipe,
+            recipe=self.recipe.model_dump(),
             seed=request.seed,
         )
 
+    def cost(self, name: str) -> Cost:
+        """One of `LIMITS` over this space; `latency_ms` needs the table."""
+        if name not in self._costs:
+            self._costs[name] = self._cost(name)
+        return self._costs[name]
+
+    def _cost(self, name: str) -> Cost:
+        match name:
+            case "latency_ms":
+                return self.latency
+            case "size_mb":
+                return size_cost(self.space, self._op_bytes(), BASE_BYTES)
+            case _:
+                return counted_cost(self.space, name)
+
+    def _op_bytes(self) -> list[int]:
+        """Bytes of each op of the lattice in a file: the most, where steps name its layers' roles
+        differently.
+        """
+        sizes = [0] * len(self.space.lattice.ops)
+        known: dict[OpSpec, int] = {}
+        for level in self.space.lattice.levels:
+            for step, index in zip(level.steps, level.op.tolist(), strict=True):
+                if step.op is not None:
+                    if step.op not in known:
+                        known[step.op] = file_bytes(step.op, self.profiler.runtime)
+                    sizes[index] = max(sizes[index], known[step.op])
+        return sizes
+
+    def limits(self, values: Mapping[str, float]) -> list[Limit]:
+        """Limits by the name of their cost, latency last: it alone may have to be measured.
+
+        Raises InvalidInput for an unknown name and for a value that is not positive, Unreachable
+        where a limit that needs no table cannot be met.
+        """
+        for name, value in values.items():
+            if name not in LIMITS:
+                raise InvalidInput(f"{name!r} is not a limit.", accepted=", ".join(LIMITS))
+            if not 0 < value < math.inf:
+                raise InvalidInput(f"{LIMITS[name]} is {value}.", accepted="a positive number")
+        counted = [
+            Limit(self.cost(name), float(values[name]))
+            for name in LIMITS
+            if name in values and name != LATENCY
+        ]
+        FeasibleSet(self.space, counted)
+        latency = [Limit(self.latency, float(values[LATENCY]))] if LATENCY in values else []
+        return counted + latency
+
     def latency_limit(self, value_ms: float) -> Limit:
         """The limit on this device's latency."""
-        if not 0 < value_ms < math.inf:
-            raise InvalidInput(
-                f"--latency-ms is {value_ms}.", accepted="a positive number of milliseconds"
-            )
-        return Limit(self.latency, float(value_ms))
+        return self.limits({LATENCY: value_ms})[0]
 
     def latency_range(self) -> Range:
         """The smallest and largest upper bound that the space can reach."""
@@ -152,39 +234,73 @@ class Job:
 
 def request_of(run: Run, tables: Path) -> Request:
     """The request that a run answers."""
-    fields = run.config.model_dump(exclude={"space_fingerprint", "data_fingerprint"})
-    return Request(**fields, tables=tables, run=run.path)
+    return Request(**request_fields(run, {}), tables=tables, run=run.path)
+
+
+def request_fields(run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's own fields; raises InvalidInput where one that was given contradicts them."""
+    known = run.config.model_dump(exclude={"space_fingerprint", "data_fingerprint"})
+    for name, value in given.items():
+        asked = recipe(value).model_dump() if name == "recipe" else value
+        if asked != known[name]:
+            told, mine = (x["name"] if isinstance(x, dict) else x for x in (asked, known[name]))
+            differs = f"is {mine}" if told != mine else f"differs from the plain {told} in a field"
+            raise InvalidInput(
+                f"--{name.replace('_', '-')} {told} contradicts {run.path}, whose {name} "
+                f"{differs}.",
+                next_step=f"drop --{name.replace('_', '-')}, or name another --run",
+            )
+    return known
 
 
 def plan(job: Job) -> Plan:
     """What is missing from the table, and how long measuring it will take."""
-    protocol = job.recipe.protocol
+    protocol, ops = job.recipe.protocol, job.space.lattice.ops
+    found = _known_table(job)
+    if found is not None:
+        return Plan(len(ops), 0, 0, 0.0, (0.0, 0.0))
     table = open_table(job.profiler, job.table_path, protocol)
-    missing = len(table.missing(job.space.lattice.ops))
-    networks = (
-        0 if job.model_name in table.models and not missing else job.recipe.calibration.networks
-    )
-    return Plan(
-        rows=len(job.space.lattice.ops),
-        missing=missing,
-        networks=networks,
-        minutes=minutes(job.profiler, missing + 2 * networks, protocol),
-    )
+    missing = len(table.missing(ops))
+    networks = job.recipe.calibration.networks if job.model_name not in table.models else 0
+    low, high = _probe_ms(job)
+    each_ms = (low + high) / 2
+    rows = minutes(job.profiler, missing, protocol, each_ms=each_ms / len(job.space.positions))
+    whole = minutes(job.profiler, networks, protocol, each_ms=each_ms, ops=len(job.space.positions))
+    return Plan(len(ops), missing, networks, rows + whole, (low, high))
+
+
+def _known_table(job: Job) -> LatencyTable | None:
+    """A table that has all: in the folder of tables, else the run's own copy."""
+    for path in (job.table_path, job.request.run and job.request.run / RUN_TABLE):
+        if path is not None and path.exists():
+            table = open_table(job.profiler, path, job.recipe.protocol)
+            if job.model_name in table.models and not table.missing(job.space.lattice.ops):
+                return table
+    return None
 
 
 def profile(job: Job) -> LatencyTable:
-    """Measure the rows that are missing, and calibrate the latency model on whole networks."""
-    protocol = job.recipe.protocol
-    before = open_table(job.profiler, job.table_path, protocol)
-    grown = bool(before.missing(job.space.lattice.ops))
-    table = build_rows(job.profiler, job.space.lattice.ops, job.table_path, protocol, job.progress)
-    if grown or job.model_name not in table.models:
-        table.models[job.model_name] = _calibrate(job, table)
-        table.save(job.table_path)
+    """The table with every row of the space and its latency model; what is missing is measured.
+
+    Where the folder of tables has none, a run's own copy does. Raises InvalidInput where another
+    process is measuring the same table.
+    """
+    networks = job.recipe.calibration.networks
+    journal = job.table_path.with_suffix(f".{job.space.fingerprint}-{networks}.journal")
+    if (known := _known_table(job)) is not None:
+        forget(journal)
+        return known
+    with table_lock(job.table_path):
+        ops, protocol = job.space.lattice.ops, job.recipe.protocol
+        table = build_rows(job.profiler, ops, job.table_path, protocol, job.progress)
+        if job.model_name not in table.models:
+            table.models[job.model_name] = _calibrate(job, table, journal)
+            table.save(job.table_path)
+        forget(journal)
     return table
 
 
-def _calibrate(job: Job, table: LatencyTable) -> LatencyModel:
+def _calibrate(job: Job, table: LatencyTable, journal: Path) -> LatencyModel:
     counts = job.recipe.calibration
     sampler = UniformSampler(job.space)
     rng = np.random.default_rng(CALIBRATION_SEED)
@@ -208,7 +324,8 @@ def _calibrate(job: Job, table: LatencyTable) -> LatencyModel:
             job.profiler.check(model)
             paths.append(Path(folder) / f"{number}.onnx")
             paths[-1].write_bytes(model.SerializeToString())
-        measured = measure(job, paths)
+            job.progress("building whole networks", number + 1, len(chains))
+        measured = measure(job, paths, journal)
     networks = [
         MeasuredNetwork(
             tuple((row.precision, row.median_us) for row in map(table.lookup, ops)), m.median_us
@@ -220,8 +337,28 @@ def _calibrate(job: Job, table: LatencyTable) -> LatencyModel:
     return calibrate(networks[:fit], networks[fit : fit + bound], networks[fit + bound :])
 
 
-def measure(job: Job, paths: Sequence[Path]) -> list[Measurement]:
+def measure(job: Job, paths: Sequence[Path], journal: Path | None = None) -> list[Measurement]:
     """The latency of model files, each in the recipe's number of fresh processes."""
     return measure_models(
-        job.profiler, paths, job.recipe.protocol, job.progress, processes=job.recipe.processes
+        job.profiler,
+        paths,
+        job.recipe.protocol,
+        job.progress,
+        processes=job.recipe.processes,
+        journal=journal,
     )
+
+
+def _probe_ms(job: Job) -> tuple[float, float]:
+    """The latency of the space's smallest and largest network by MACs, timed once, in ms: what a
+    user can be told before a table is there.
+    """
+    found = reachable(job.space, job.cost("macs"))
+    times = []
+    for architecture in (found.cheapest, found.dearest):
+        ops = job.space.lower(architecture)
+        rng = np.random.default_rng(0)
+        model = emit(ops, [random_parameters(op, rng) for op in ops], job.profiler.runtime)
+        with job.profiler.prepare(model) as session:
+            times.append(float(np.median(session.block(job.recipe.protocol))) / 1000)
+    return min(times), max(times)

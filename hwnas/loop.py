@@ -1,23 +1,32 @@
-"""The loop around a strategy: ask, score, tell, with every step in the run's history."""
+"""The search of a run: ask, score, tell, with every step in the history; then the finalists."""
 
+import json
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from hwnas.costs.feasible import FeasibleSet
 from hwnas.costs.limits import Limit
-from hwnas.costs.population import genes_of, totals
+from hwnas.costs.population import genes_of
+from hwnas.history import History, Proposal
 from hwnas.job import Job
+from hwnas.scoring import evaluator, train
 from hwnas.search.base import Strategy
 from hwnas.search.random import RandomSearch
 from hwnas.spaces.base import Architecture
-from hwnas.store import History, Proposal
+from hwnas.store import Run
 from hwnas.supernet.evaluator import Evaluator
+from latency_tables.files import write_text
+from quant.errors import InvalidInput
 
 BASELINE = "random"
 
 
 def limits_name(limits: Sequence[Limit]) -> str:
     """The name of a set of limits, such as `latency_ms=0.21`; other limits have other names."""
-    return ",".join(f"{limit.cost.name}={limit.value!r}" for limit in limits)
+    return ",".join(sorted(f"{limit.cost.name}={limit.value!r}" for limit in limits))
 
 
 def searches(job: Job, limits: Sequence[Limit]) -> dict[str, str]:
@@ -51,7 +60,11 @@ def run_strategy(
             architectures = [Architecture(genes) for genes in known[number]]
         else:
             architectures = strategy.ask(min(job.recipe.population, budget - done))
-            proposals = [Proposal(a.genes, _bounds(feasible, a)) for a in architectures]
+            bounds = feasible.bounds(architectures)
+            proposals = [
+                Proposal(a.genes, {name: float(upper[i]) for name, upper in bounds.items()})
+                for i, a in enumerate(architectures)
+            ]
             history.add_generation(search_name, number, proposals, limits, strategy.rejected)
         if not architectures:
             return
@@ -69,16 +82,6 @@ def run_strategy(
         number += 1
 
 
-def _bounds(feasible: FeasibleSet, architecture: Architecture) -> dict[str, float]:
-    genes = genes_of([architecture])
-    return {
-        limit.cost.name: limit.cost.upper(
-            float(totals(feasible.space, limit.cost.per_op, genes)[0])
-        )
-        for limit in feasible.limits
-    }
-
-
 def ranked(
     feasible: FeasibleSet, history: History, names: Sequence[str]
 ) -> list[tuple[Architecture, float]]:
@@ -93,3 +96,87 @@ def ranked(
     kept = [a for a, fits in zip(scores, inside, strict=True) if fits]
     kept.sort(key=lambda a: scores[a], reverse=True)
     return [(a, scores[a][0]) for a in kept]
+
+
+# ---- finalists
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """An architecture to retrain: its shared-weight score, its predicted latency, and the upper
+    bound of every limited cost.
+    """
+
+    genes: tuple[int, ...]
+    search_val: float
+    latency_ms: float
+    upper_latency_ms: float
+    upper: dict[str, float]
+
+
+def search(job: Job, run: Run, limits: Sequence[Limit]) -> list[Finalist]:
+    """The best feasible architectures found, by the method and by the random baseline.
+
+    Raises Unreachable before any training where a limit cannot be met.
+    """
+    feasible = FeasibleSet(job.space, limits)
+    result = run.result(limits_name(limits))
+    asked = {"limits": {limit.cost.name: limit.value for limit in limits}, "table": job.table_id}
+    if not is_answered(result, asked):
+        score = evaluator(job, train(job, run))
+        names = searches(job, limits)
+        with closing(History(run.history)) as history:
+            for name in names:
+                run_strategy(job, name, feasible, score, history)
+            best = ranked(feasible, history, list(names.values()))
+        chosen = [_finalist(job, feasible, a, acc) for a, acc in best[: job.recipe.finalists]]
+        job.table.save(run.table)
+        for stale in result.glob("*"):
+            stale.unlink()
+        content = {**asked, "finalists": [asdict(item) for item in chosen]}
+        write_text(result / "finalists.json", json.dumps(content, indent=2) + "\n")
+        run.log("search", limits=limits_name(limits), finalists=len(chosen))
+    run.point_to(result)
+    return read_finalists(result)
+
+
+def is_answered(result: Path, asked: dict[str, Any]) -> bool:
+    """Whether a result holds the finalists of this very question."""
+    if not (result / "finalists.json").exists():
+        return False
+    outcome = _search_outcome(result)
+    return all(outcome.get(name) == value for name, value in asked.items())
+
+
+def _finalist(
+    job: Job, feasible: FeasibleSet, architecture: Architecture, search_val: float
+) -> Finalist:
+    additive = float(job.latency.totals(job.space, genes_of([architecture]))[0])
+    return Finalist(
+        architecture.genes,
+        search_val,
+        float(job.latency.predict(additive)),
+        float(job.latency.upper(additive)),
+        {name: float(upper[0]) for name, upper in feasible.bounds([architecture]).items()},
+    )
+
+
+def read_finalists(result: Path) -> list[Finalist]:
+    """The finalists of a result; raises InvalidInput where it has none yet."""
+    return [
+        Finalist(**{**item, "genes": tuple(item["genes"])})
+        for item in _search_outcome(result)["finalists"]
+    ]
+
+
+def read_limits(job: Job, result: Path) -> list[Limit]:
+    """The limits that a result was searched under."""
+    return job.limits(_search_outcome(result)["limits"])
+
+
+def _search_outcome(result: Path) -> dict[str, Any]:
+    file = result / "finalists.json"
+    if not file.exists():
+        raise InvalidInput(f"{result} has no finalists yet.", next_step="run hwnas search")
+    content: dict[str, Any] = json.loads(file.read_text())
+    return content

@@ -1,55 +1,45 @@
-"""How much is trained, measured and searched: the numbers behind `--recipe`."""
+"""How much is trained, measured and searched: the numbers behind `--recipe`. Data alone."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from profilers.measure import Protocol
 from quant.errors import InvalidInput
 
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
-@dataclass(frozen=True)
-class TrainingRecipe:
+
+class Part(BaseModel):
+    """A part of a recipe: frozen, and no field that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainingRecipe(Part):
     """AdamW with a linear decay of the learning rate to zero, and label smoothing.
 
-    Weight decay is on weights alone, not on norms, biases and ranges.
+    Images are shifted by up to a sixteenth of their side; `flip` mirrors half of them.
     """
 
-    steps: int
-    batch: int
-    learning_rate: float
-    weight_decay: float = 1e-4
-    label_smoothing: float = 0.1
-    clip_norm: float = 5.0
-
-    def optimiser(self, module: nn.Module) -> torch.optim.Optimizer:
-        """AdamW over a module's parameters."""
-        parameters = list(module.parameters())
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=self.learning_rate)
-
-    def set_rate(self, optimiser: torch.optim.Optimizer, step: int) -> None:
-        """The learning rate of a step."""
-        for group in optimiser.param_groups:
-            group["lr"] = self.learning_rate * (1 - step / self.steps)
-
-    def loss(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """The loss to minimise."""
-        return functional.cross_entropy(logits, classes, label_smoothing=self.label_smoothing)
+    steps: Count
+    batch: Count
+    learning_rate: Positive
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    label_smoothing: Share = 0.1
+    clip_norm: Positive = 5.0
+    flip: bool = False
 
 
-@dataclass(frozen=True)
-class CalibrationRecipe:
+class CalibrationRecipe(Part):
     """How many whole networks fit, bound and test the latency model."""
 
-    fit: int = 60
-    bound: int = 99
-    test: int = 40
+    fit: Count = 60
+    bound: Count = 99
+    test: Count = 40
 
     @property
     def networks(self) -> int:
@@ -57,8 +47,7 @@ class CalibrationRecipe:
         return self.fit + self.bound + self.test
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(Part):
     """A whole search. `evaluations` is the number of architectures that each strategy scores, in
     generations of `population`; `finalists` are retrained. Whole networks are measured in
     `processes` fresh processes. A file ships only if it answers as its PyTorch network on
@@ -69,47 +58,110 @@ class Recipe:
     name: str
     supernet: TrainingRecipe
     retrain: TrainingRecipe
-    evaluations: int
-    population: int
-    recalibration_images: int
-    validation_images: int
-    finalists: int
-    processes: int = 5
-    least_agreement: float = 0.97
-    calibration: CalibrationRecipe = field(default_factory=CalibrationRecipe)
-    protocol: Protocol = field(default_factory=Protocol)
+    evaluations: Count
+    population: Annotated[int, Field(ge=2)]
+    recalibration_images: Count
+    validation_images: Count
+    finalists: Count
+    processes: Count = 5
+    least_agreement: Annotated[float, Field(ge=0, le=1)] = 0.97
+    calibration: CalibrationRecipe = CalibrationRecipe()
+    protocol: Protocol = Protocol()
 
 
 RECIPES = {
-    "quick": Recipe(
-        name="quick",
-        supernet=TrainingRecipe(steps=1600, batch=32, learning_rate=0.02),
-        retrain=TrainingRecipe(steps=300, batch=32, learning_rate=0.003),
-        evaluations=120,
-        population=30,
-        recalibration_images=256,
-        validation_images=1000,
-        finalists=3,
-    ),
-    "smoke": Recipe(
-        name="smoke",
-        supernet=TrainingRecipe(steps=10, batch=16, learning_rate=0.01),
-        retrain=TrainingRecipe(steps=5, batch=16, learning_rate=0.003),
-        evaluations=12,
-        population=6,
-        recalibration_images=64,
-        validation_images=100,
-        finalists=2,
-        processes=2,
-        least_agreement=0.0,
-        calibration=CalibrationRecipe(fit=12, bound=19, test=8),
-    ),
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="quick",
+            supernet=TrainingRecipe(steps=1600, batch=32, learning_rate=0.02),
+            retrain=TrainingRecipe(steps=300, batch=32, learning_rate=0.003),
+            evaluations=120,
+            population=30,
+            recalibration_images=256,
+            validation_images=1000,
+            finalists=3,
+        ),
+        Recipe(
+            name="standard",
+            supernet=TrainingRecipe(steps=8000, batch=64, learning_rate=0.02),
+            retrain=TrainingRecipe(steps=2000, batch=64, learning_rate=0.003),
+            evaluations=400,
+            population=50,
+            recalibration_images=512,
+            validation_images=2000,
+            finalists=3,
+        ),
+        Recipe(
+            name="thorough",
+            supernet=TrainingRecipe(steps=50_000, batch=128, learning_rate=0.02),
+            retrain=TrainingRecipe(steps=20_000, batch=128, learning_rate=0.003),
+            evaluations=1000,
+            population=50,
+            recalibration_images=2048,
+            validation_images=10_000,
+            finalists=5,
+        ),
+        Recipe(
+            name="smoke",
+            supernet=TrainingRecipe(steps=10, batch=16, learning_rate=0.01),
+            retrain=TrainingRecipe(steps=5, batch=16, learning_rate=0.003),
+            evaluations=12,
+            population=6,
+            recalibration_images=64,
+            validation_images=100,
+            finalists=2,
+            processes=2,
+            least_agreement=0.0,
+            calibration=CalibrationRecipe(fit=12, bound=19, test=8),
+        ),
+    )
 }
-"""`quick` takes minutes on two cores; `smoke` trains nothing worth having, to try the path."""
+"""`quick` takes minutes on two cores for small images, `standard` tens of minutes, `thorough`
+hours; `smoke` trains nothing worth having, to try the path."""
 
 
-def recipe(name: str) -> Recipe:
-    """The recipe of a name; raises InvalidInput for one that is not there."""
-    if name not in RECIPES:
+def recipe(asked: str | Mapping[str, Any] | Recipe) -> Recipe:
+    """The recipe of a name, or of a name with fields that differ, such as
+    `{"name": "quick", "supernet": {"steps": 10}}`.
+
+    Raises InvalidInput for a name that is not there, and with the path of a field that is wrong.
+
+    >>> recipe({"name": "quick", "supernet": {"steps": 10}}).supernet.batch
+    32
+    """
+    if isinstance(asked, Recipe):
+        return asked
+    fields = {"name": asked} if isinstance(asked, str) else dict(asked)
+    name = fields.get("name")
+    if name is None:
+        raise InvalidInput(
+            "recipe.name: it is missing.",
+            accepted=", ".join(RECIPES),
+            next_step="name the recipe that the other fields change",
+        )
+    if not isinstance(name, str) or name not in RECIPES:
         raise InvalidInput(f"--recipe is {name!r}.", accepted=", ".join(RECIPES))
-    return RECIPES[name]
+    try:
+        return Recipe.model_validate(_merged(RECIPES[name].model_dump(), fields))
+    except ValidationError as error:
+        raise InvalidInput(f"recipe.{first_error(error)}.") from error
+
+
+def first_error(error: ValidationError) -> str:
+    """The path of the first field at fault, and what is wrong with it."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "the file"
+    unknown = first["type"] == "extra_forbidden"
+    return f"{where}: {'no such field' if unknown else first['msg']}"
+
+
+def _merged(known: dict[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested fields, those of `changed` first."""
+    result = dict(known)
+    for name, value in changed.items():
+        inner = result.get(name)
+        if isinstance(inner, dict) and isinstance(value, Mapping):
+            value = _merged(inner, value)
+        result[name] = value
+    return result

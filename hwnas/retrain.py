@@ -1,13 +1,15 @@
 """The fixed recipe that trains one network: quantisation-aware where the network is quantised."""
 
-from collections.abc import Callable
+import hashlib
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from hwnas.batches import in_order, step_batch
+from hwnas.batches import evaluation_batch, in_order
 from hwnas.data import Splits
 from hwnas.recipes import TrainingRecipe
+from hwnas.training import Checkpoint, Progress, train_steps
 from hwnas.weights import damaged, load_state, save_state
 from profilers.modules import Network
 
@@ -18,26 +20,33 @@ def retrain(
     recipe: TrainingRecipe,
     *,
     seed: int,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
+    checkpoint: Path | None = None,
+    label: str = "retraining",
 ) -> None:
     """Train a network's own weights on TRAIN, then set its batch norms to the cumulative mean
-    over TRAIN; the network is left in inference mode.
+    over TRAIN; the network is left in inference mode. Goes on from `checkpoint`, where one is
+    named and there.
     """
-    optimiser = recipe.optimiser(network)
-    network.train()
-    for step in range(recipe.steps):
-        images, classes = step_batch(splits.train, recipe.batch, seed=seed, step=step)
-        recipe.set_rate(optimiser, step)
-        optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(recipe.loss(network(images), classes))
-        torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
-        optimiser.step()
-        progress("retraining", step + 1, recipe.steps)
+    keys = "\n".join(op.key for op in network.ops)
+    identity = f"the network {hashlib.sha256(keys.encode()).hexdigest()[:16]}"
+
+    def logits(_step: int, batch: Tensor) -> Tensor:
+        result: Tensor = network(batch)
+        return result
+
+    kept = Checkpoint(checkpoint, identity) if checkpoint else None
+    train_steps(
+        network, splits.train, recipe, logits, kept,
+        seed=seed, progress=progress, label=label,
+    )  # fmt: skip
     recalibrate(network, splits)
     network.eval()
 
 
-def recalibrate(network: Network, splits: Splits, *, images: int = 2048, batch: int = 128) -> None:
+def recalibrate(
+    network: Network, splits: Splits, *, images: int = 2048, batch: int | None = None
+) -> None:
     """Set the running statistics of every batch norm to the cumulative mean over TRAIN images."""
     norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     for norm in norms:
@@ -45,16 +54,17 @@ def recalibrate(network: Network, splits: Splits, *, images: int = 2048, batch: 
         norm.momentum = None
     network.train()
     with torch.no_grad():
+        batch = batch or evaluation_batch(splits.train)
         for x, _ in in_order(splits.train.first(images), batch, whole=True):
             network(x)
     network.eval()
 
 
-def accuracy(network: Network, splits: Splits, *, batch: int = 256) -> float:
+def accuracy(network: Network, splits: Splits, *, batch: int | None = None) -> float:
     """The share of SEARCH-VAL images that a network in inference mode classifies rightly."""
     right = 0
     with torch.no_grad():
-        for x, y in in_order(splits.search_val, batch):
+        for x, y in in_order(splits.search_val, batch or evaluation_batch(splits.search_val)):
             right += int((network(x).argmax(1) == y).sum())
     return right / len(splits.search_val)
 

@@ -1,4 +1,4 @@
-"""A run: the directory that holds everything one search made, and the history in it.
+"""A run: the directory that holds everything one search made.
 
 config.yaml      what the run is of: its identity
 table.parquet    the latency table that was used
@@ -9,14 +9,12 @@ best             the newest result's folder
 log.jsonl        what happened, a line each
 """
 
-import fcntl
+import itertools
 import json
-import os
+import logging
 import re
-import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from latency_tables.files import explained, write_text
+from hwnas.recipes import first_error
+from latency_tables.files import explained, held, write_text
 from quant.errors import InvalidInput
+
+RUN_TABLE = "table.parquet"
+
+_log = logging.getLogger("hwnas")
 
 
 class RunConfig(BaseModel):
@@ -37,19 +40,20 @@ class RunConfig(BaseModel):
     space_fingerprint: str
     data: str
     data_fingerprint: str
+    image_size: int
     device: str
     threads: int
     batch: int
     method: str
-    recipe: str
+    recipe: dict[str, Any]
     seed: int
 
     def difference(self, other: "RunConfig") -> str:
         """The first field in which two runs differ, with both values; empty if none does."""
-        for name in type(self).model_fields:
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                return f"{name}: {mine} against {theirs}"
+        theirs = _flat(other.model_dump())
+        for name, value in _flat(self.model_dump()).items():
+            if value != theirs.get(name):
+                return f"{name}: {value} against {theirs.get(name)}"
         return ""
 
 
@@ -63,7 +67,7 @@ class Run:
     @property
     def table(self) -> Path:
         """The latency table used."""
-        return self.path / "table.parquet"
+        return self.path / RUN_TABLE
 
     @property
     def supernet(self) -> Path:
@@ -103,26 +107,22 @@ class Run:
         path = self.path / "log.jsonl"
         with explained(path), path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        _log.info("%s %s", event, " ".join(f"{name}={value}" for name, value in fields.items()))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run; raises InvalidInput that names the process which has it."""
-        path = self.path / ".lock"
-        with explained(path):
-            file = path.open("a+")
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                raise InvalidInput(
-                    f"{self.path} is in use by process {file.read().strip() or 'unknown'}.",
-                    next_step="wait for it, or name another --run",
-                ) from error
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+        with held(self.path / ".lock", str(self.path)):
             yield
+
+
+def _flat(fields: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested fields by their path, such as `recipe.supernet.steps`."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        inner = isinstance(value, dict)
+        flat |= _flat(value, f"{above}{name}.") if inner else {f"{above}{name}": value}
+    return flat
 
 
 def open_run(config: RunConfig, path: Path | None, root: Path = Path("runs")) -> Run:
@@ -139,20 +139,43 @@ def open_run(config: RunConfig, path: Path | None, root: Path = Path("runs")) ->
                 next_step="drop the flag, or name another --run",
             )
         return run
-    found = sorted(root.glob("*/config.yaml"), key=lambda p: p.stat().st_mtime, reverse=True)
-    for candidate in found:
-        try:
-            run = read_run(candidate.parent)
-        except InvalidInput:  # a damaged run of something else is no reason to refuse this one
-            continue
+    for run in list_runs(root):
         if run.config == config:
             return run
-    space = re.sub(r"[^A-Za-z0-9.]+", "-", Path(config.space).name)
-    name = f"{space}-{config.data.partition(':')[0]}-{config.device}"
-    number = sum(p.parent.name.startswith(name) for p in found) + 1
-    while (root / f"{name}-{number}").exists():
-        number += 1
-    return _new(root / f"{name}-{number}", config)
+    return _new(_unused(root, _name(config)), config)
+
+
+def list_runs(root: Path = Path("runs")) -> list[Run]:
+    """The runs under a folder, newest first; a damaged one is left out."""
+    found = sorted(root.glob("*/config.yaml"), key=lambda p: p.stat().st_mtime, reverse=True)
+    runs = []
+    for file in found:
+        try:
+            runs.append(read_run(file.parent))
+        except InvalidInput:  # a damaged run of something else is no reason to refuse this one
+            continue
+    return runs
+
+
+def _name(config: RunConfig) -> str:
+    """What a run's folder is called, such as `mobile-folder-photos-cpu`."""
+    kind, _, place = config.data.partition(":")
+    parts = [Path(config.space).name, kind if place else Path(kind).stem, Path(place).stem]
+    return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(filter(None, [*parts, config.device])))
+
+
+def _unused(root: Path, name: str) -> Path:
+    """A new folder `name-N` that no other process has made."""
+    for number in itertools.count(1):
+        path = root / f"{name}-{number}"
+        with explained(path):
+            root.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+        return path
+    raise AssertionError("there is always another number")
 
 
 def read_run(path: Path) -> Run:
@@ -167,133 +190,13 @@ def read_run(path: Path) -> Run:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InvalidInput(f"{file} is not readable YAML: {error}.") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise InvalidInput(f"{file}: {where}: {first['msg']}.") from error
+        raise InvalidInput(
+            f"{file}: {first_error(error)}.",
+            next_step="name another --run; this one was made by another version or edited",
+        ) from error
 
 
 def _new(path: Path, config: RunConfig) -> Run:
     text = yaml.safe_dump(config.model_dump(), sort_keys=False)
     write_text(path / "config.yaml", text)
     return Run(path, config)
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A feasible architecture that a search asked to be scored."""
-
-    genes: tuple[int, ...]
-    bounds: dict[str, float]
-
-
-class History:
-    """Proposals of every search in a run, and the score of every architecture, in SQLite.
-
-    A generation's proposals are written before the first is scored and each score at once, so that
-    a search which stopped goes on with the same proposals.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._db = sqlite3.connect(path, isolation_level=None)
-            self._db.executescript(
-                """
-                CREATE TABLE IF NOT EXISTS scores (
-                    genes TEXT PRIMARY KEY, accuracy REAL NOT NULL, loss REAL NOT NULL);
-                CREATE TABLE IF NOT EXISTS generations (
-                    search TEXT, number INTEGER, rejected INTEGER NOT NULL,
-                    PRIMARY KEY (search, number));
-                CREATE TABLE IF NOT EXISTS proposals (
-                    search TEXT, generation INTEGER, place INTEGER, genes TEXT NOT NULL,
-                    PRIMARY KEY (search, generation, place));
-                CREATE TABLE IF NOT EXISTS bounds (
-                    search TEXT, generation INTEGER, place INTEGER,
-                    cost TEXT NOT NULL, limit_value REAL NOT NULL, upper REAL NOT NULL,
-                    PRIMARY KEY (search, generation, place, cost));
-                """
-            )
-        except sqlite3.DatabaseError as error:
-            raise InvalidInput(
-                f"{path} is not a search history: {error}.",
-                next_step="remove it; the search then starts again from the trained supernet",
-            ) from error
-
-    def close(self) -> None:
-        """Release the file."""
-        self._db.close()
-
-    def add_generation(
-        self,
-        search: str,
-        number: int,
-        proposals: Sequence[Proposal],
-        limits: dict[str, float],
-        rejected: int,
-    ) -> None:
-        """Write a generation's proposals and how many others were rejected unscored."""
-        with self._transaction():
-            self._db.execute("INSERT INTO generations VALUES (?, ?, ?)", (search, number, rejected))
-            self._db.executemany(
-                "INSERT INTO proposals VALUES (?, ?, ?, ?)",
-                [(search, number, place, json.dumps(p.genes)) for place, p in enumerate(proposals)],
-            )
-            self._db.executemany(
-                "INSERT INTO bounds VALUES (?, ?, ?, ?, ?, ?)",
-                [
-                    (search, number, place, cost, limit, p.bounds[cost])
-                    for place, p in enumerate(proposals)
-                    for cost, limit in limits.items()
-                ],
-            )
-
-    def generations(self, search: str) -> list[list[tuple[int, ...]]]:
-        """The proposals of a search, generation by generation."""
-        found: list[list[tuple[int, ...]]] = []
-        for (count,) in self._db.execute(
-            "SELECT COUNT(*) FROM generations WHERE search = ?", (search,)
-        ):
-            found = [[] for _ in range(count)]
-        rows = self._db.execute(
-            "SELECT generation, place, genes FROM proposals WHERE search = ? "
-            "ORDER BY generation, place",
-            (search,),
-        )
-        for generation, _, genes in rows:
-            found[generation].append(tuple(json.loads(genes)))
-        return found
-
-    def rejected(self, search: str) -> int:
-        """How many proposals of a search were rejected unscored."""
-        query = "SELECT COALESCE(SUM(rejected), 0) FROM generations WHERE search = ?"
-        return int(self._db.execute(query, (search,)).fetchone()[0])
-
-    def score(self, genes: tuple[int, ...]) -> tuple[float, float] | None:
-        """An architecture's accuracy and loss, if it was scored."""
-        query = "SELECT accuracy, loss FROM scores WHERE genes = ?"
-        row = self._db.execute(query, (json.dumps(genes),)).fetchone()
-        return (float(row[0]), float(row[1])) if row else None
-
-    def add_score(self, genes: tuple[int, ...], accuracy: float, loss: float) -> None:
-        """Write a score."""
-        row = (json.dumps(genes), accuracy, loss)
-        with self._transaction():
-            self._db.execute("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", row)
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        try:
-            self._db.execute("BEGIN")
-            yield
-            self._db.execute("COMMIT")
-        except BaseException as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            if isinstance(error, sqlite3.OperationalError):
-                raise InvalidInput(
-                    f"{self._path} cannot be written: {error}.",
-                    next_step="free some space; the same command then goes on",
-                ) from error
-            raise

@@ -10,7 +10,7 @@ is a budget on that cost, and dynamic programming over it is exact.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,6 +22,21 @@ COVERAGE = 0.99
 
 FLOOR_US = 0.01
 """The least cost of an op: every op takes some time, so adding one always costs."""
+
+
+def largest_within(
+    upper: Callable[[float], float], limit: float, guess: float, magnitude: float
+) -> float:
+    """The largest sum whose `upper` bound is at most `limit`, to the last digit.
+
+    `upper` is increasing; `guess` is its inverse at the limit up to rounding, and `magnitude` the
+    size of the terms that it was computed from.
+    """
+    reach = 8 * math.ulp(max(abs(guess), abs(magnitude)))
+    low, high = guess - reach, guess + reach
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if upper(middle) <= limit else (low, middle)
+    return low
 
 
 @dataclass(frozen=True)
@@ -71,11 +86,7 @@ class LatencyModel:
         if math.isinf(limit_ms):
             return limit_ms
         guess = limit_ms * 1000 / self.upper_ratio - self.offset_us
-        reach = 8 * math.ulp(max(abs(guess), self.offset_us, limit_ms * 1000))
-        low, high = guess - reach, guess + reach
-        while low < (middle := (low + high) / 2) < high:  # to the last digit
-            low, high = (middle, high) if self.upper_ms(middle) <= limit_ms else (low, middle)
-        return low
+        return largest_within(self.upper_ms, limit_ms, guess, max(self.offset_us, limit_ms * 1000))
 
     def to_dict(self) -> dict[str, Any]:
         """The model as plain data."""

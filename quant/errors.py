@@ -53,7 +53,7 @@ class Unreachable(HwnasError):
     """No architecture of the space can meet the limits.
 
     `smallest` and `largest` map each limited cost to the smallest and the largest upper bound that
-    the space can reach.
+    the space can reach for it alone; `together` maps costs to limits that can be met together.
     """
 
     exit_code = 3
@@ -64,11 +64,13 @@ class Unreachable(HwnasError):
         *,
         smallest: dict[str, float],
         largest: dict[str, float],
+        together: dict[str, float] | None = None,
         next_step: str = "",
     ) -> None:
         super().__init__(what, next_step=next_step)
         self.smallest = smallest
         self.largest = largest
+        self.together = together or {}
 
 
 class Unstable(HwnasError):

@@ -7,8 +7,10 @@ import pytest
 from typer.main import get_command
 
 from hwnas.cli import app
+from hwnas.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 README = (ROOT / "README.md").read_text()
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 
@@ -24,7 +26,12 @@ def test_every_command_is_in_the_readme() -> None:
         assert re.search(rf"\b{name}\b", README), name
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md"])
+DOCUMENTS = [
+    "README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", *(f"docs/{p.name}" for p in DOCS)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_line_in_a_document_parses(document: str) -> None:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     for line in re.findall(r"^hwnas (\w+)([^\n#|]*)", "".join(blocks), re.MULTILINE):
@@ -33,7 +40,7 @@ def test_every_command_line_in_a_document_parses(document: str) -> None:
         assert set(re.findall(r"--[\w-]+", rest)) <= options, line
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_make_target_in_a_document_is_there(document: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
     text = (ROOT / document).read_text()
@@ -55,5 +62,27 @@ def test_the_readme_marks_the_gpu_until_a_result_of_one_is_committed() -> None:
 
 
 def test_no_document_quotes_a_path_of_a_machine() -> None:
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("*/*.py"), *ROOT.glob("hwnas/*/*.py")]:
+    for path in [*ROOT.glob("*.md"), *DOCS, *ROOT.glob("*/*.py"), *ROOT.glob("hwnas/*/*.py")]:
         assert not re.search(r"/(root|home|work|tmp)/", path.read_text()), path
+
+
+def test_every_flag_is_told_in_the_documents() -> None:
+    told = README + "".join(path.read_text() for path in DOCS)
+    for command in COMMANDS.values():
+        for option in command.params:
+            for flag in option.opts:
+                if flag.startswith("--max-") or flag in ("--config", "--image-size", "--recipe"):
+                    assert flag in told, flag
+
+
+def test_the_recipes_of_the_documents_are_those_of_the_code() -> None:
+    text = (ROOT / "docs" / "commands.md").read_text()
+    for name, recipe in RECIPES.items():
+        (line,) = re.findall(rf"^\| `{name}` \|(.*)\|$", text, re.MULTILINE)
+        supernet, scored, finalists = (
+            [int(n.replace(",", "")) for n in re.findall(r"[\d,]*\d", cell)]
+            for cell in line.split("|")
+        )
+        assert supernet == [recipe.supernet.steps, recipe.supernet.batch]
+        assert scored == [recipe.evaluations]
+        assert finalists[:2] == [recipe.finalists, recipe.retrain.steps]

@@ -1,1 +1,1 @@
-"""Limits, costs of whole populations, and the feasible set. NumPy only."""
+"""Limits, costs of whole populations, and the feasible set. NumPy and SciPy only."""

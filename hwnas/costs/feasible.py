@@ -1,26 +1,36 @@
-"""The feasible set: its extremes, exact uniform samples, and membership.
+"""The feasible set: its extremes, whether there is any network in it, and exact uniform samples.
 
-Dynamic programming over the positions and states of a space. With m(s) the least cost from state s
-to the end, an edge s -> t of cost c has the excess c + m(t) - m(s) >= 0, and a network's excesses
-add up to its cost above the least reachable one. Excesses rounded down to 1/`RESOLUTION` of the
-slack are counted exactly; a sample drawn from the counts is kept if its true cost meets every
-limit. What is kept is uniform over the feasible set.
+A limit on one cost is decided by dynamic programming over the lattice. Several limits are decided
+together: by a proof that none meets them (`hwnas.costs.surrogates`), by a list where few networks
+are left, or by a network that meets them. Samples are drawn uniformly from a superset that is
+counted exactly (`hwnas.costs.joint`), and kept where they meet every limit: what is kept is uniform
+over the feasible set.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from hwnas.costs.limits import AdditiveCost, Limit
-from hwnas.costs.population import genes_of, totals
-from hwnas.spaces.base import Architecture, Level, SearchSpace
+from hwnas.costs.joint import Superset, nearest
+from hwnas.costs.limits import Cost, Limit
+from hwnas.costs.paths import Paths
+from hwnas.costs.population import architectures_of, genes_of, op_indices
+from hwnas.spaces.base import Architecture, Ints, SearchSpace
 from quant.errors import InvalidInput, Unreachable
 
-RESOLUTION = 1000
-MAX_TRIES = 2000
+BATCHES = (1, 3, 16, 80, 400, 1500, 6000, 12000)
+MAX_TRIES = sum(BATCHES)
+"""Draws come in batches; a sample is given up after so many draws that broke a limit."""
+
+MARGIN = 1.02
+"""How far above what is known to be reachable the values lie that errors tell."""
+
+SAMPLES = 1000
+"""What the feasibility table's medians and share are estimated from."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -35,17 +45,52 @@ class Range:
     dearest: Architecture
 
 
-def reachable(space: SearchSpace, cost: AdditiveCost) -> Range:
+def reachable(space: SearchSpace, cost: Cost) -> Range:
     """The exact range of a cost over the whole space."""
-    least, cheapest = _extreme(space, cost.per_op, 1.0)
-    most, dearest = _extreme(space, cost.per_op, -1.0)
-    return Range(cost.upper(least), cost.upper(most), cheapest, dearest)
+    paths = Paths(space)
+    ends = [paths.best(cost.per_op, cost.join, better) for better in (np.minimum, np.maximum)]
+    least, most = cost.totals(space, genes_of(ends)).tolist()
+    return Range(cost.upper(least), cost.upper(most), *ends)
+
+
+@dataclass(frozen=True)
+class LimitedCost:
+    """A limit beside the upper bounds of its cost over the whole space, in the cost's unit.
+
+    `smallest` and `largest` are exact; `median` is that of `SAMPLES` uniform architectures.
+    `binding` says whether any architecture is over the limit.
+    """
+
+    name: str
+    limit: float
+    smallest: float
+    median: float
+    largest: float
+    binding: bool
+
+
+@dataclass(frozen=True)
+class Feasibility:
+    """A row for each limit, in the order given, and the share of the space that meets all.
+
+    `share` is 1 exactly where no limit binds, and exact where the feasible set is listed. Otherwise
+    it is an estimate: the size of a superset that is counted, times the share of `SAMPLES` uniform
+    draws from it that meet every limit, and one architecture at least.
+    """
+
+    rows: tuple[LimitedCost, ...]
+    share: float
 
 
 class FeasibleSet:
     """The architectures of a space that meet every limit.
 
-    Raises Unreachable at once where a single limit is below the smallest reachable value.
+    `ranges` has the range of each limited cost alone, over the whole space; `witness` is an
+    architecture that meets every limit; `superset` is what samples are drawn from.
+
+    Raises Unreachable where a limit is below the smallest reachable value, where it is proven that
+    no architecture meets all limits together, and where none was found in `MAX_TRIES` draws from
+    those that might: the sentence says which. Raises InvalidInput for two limits on one cost.
     """
 
     def __init__(self, space: SearchSpace, limits: Sequence[Limit]) -> None:
@@ -58,121 +103,153 @@ class FeasibleSet:
         for limit in limits:
             found = self.ranges[limit.cost.name]
             if found.smallest > limit.value:
-                raise Unreachable(
+                enough = _rounded_up(MARGIN * found.smallest)
+                raise self._unreachable(
                     f"No architecture of {space.name} meets {limit.cost.name} <= "
                     f"{limit.value:.6g}: the smallest reachable bound is {found.smallest:.6g}.",
-                    smallest={name: r.smallest for name, r in self.ranges.items()},
-                    largest={name: r.largest for name, r in self.ranges.items()},
-                    next_step=f"ask for at least {found.smallest * 1.02:.4g}",
+                    {limit.cost.name: enough},
+                    f"ask for at least {enough:.4g}",
                 )
+        self._binding = [limit for limit in limits if self.binding(limit)]
+        self.superset = Superset(space, self._binding)
+        self.witness = self._find_witness()
 
     def binding(self, limit: Limit) -> bool:
         """Whether any architecture of the space is over the limit."""
         return self.ranges[limit.cost.name].largest > limit.value
 
     def contains(self, architectures: Sequence[Architecture]) -> npt.NDArray[np.bool_]:
-        """Which architectures meet every limit."""
-        inside = np.ones(len(architectures), bool)
-        if architectures:
-            genes = genes_of(architectures)
-            for limit in self.limits:
-                inside &= totals(self.space, limit.cost.per_op, genes) <= limit.budget
-        return inside
+        """Which architectures meet every limit, (n,)."""
+        return self._inside(self._genes(architectures))
+
+    def bounds(self, architectures: Sequence[Architecture]) -> dict[str, Floats]:
+        """The upper bound of each limited cost, (n,), by the cost's name and in its unit."""
+        raw = self._raw(self._genes(architectures))
+        return {limit.cost.name: _each(limit.cost.upper, values) for limit, values in raw}
+
+    def predictions(self, architectures: Sequence[Architecture]) -> dict[str, Floats]:
+        """What is predicted of each limited cost, (n,), by the cost's name and in its unit."""
+        raw = self._raw(self._genes(architectures))
+        return {limit.cost.name: _each(limit.cost.predict, values) for limit, values in raw}
 
     def sample(self, rng: np.random.Generator) -> Architecture | None:
         """One architecture, uniform over the set; None where `MAX_TRIES` draws found none."""
-        for _ in range(MAX_TRIES):
-            architecture = self._counts.draw(rng)
-            if self.contains([architecture])[0]:
-                return architecture
-        return None
-
-    @cached_property
-    def size(self) -> float:
-        """About how many architectures meet the tightest limit (from above)."""
-        return self._counts.count
-
-    @cached_property
-    def _counts(self) -> "_Counts":
-        if not self.limits:
-            return _Counts(self.space, np.zeros(len(self.space.lattice.ops)), np.inf)
-        tables = [_Counts(self.space, limit.cost.per_op, limit.budget) for limit in self.limits]
-        return min(tables, key=lambda table: table.count)
-
-
-class _Counts:
-    """How many completions each state has, by how much excess is left to spend."""
-
-    def __init__(self, space: SearchSpace, per_op: Floats, budget: float) -> None:
-        self.space = space
-        levels = space.lattice.levels
-        togo = _least_to_go(space, per_op)
-        slack = budget - togo[0][0]
-        step = max(min(slack, _most(space, per_op) - togo[0][0]) / RESOLUTION, 1e-12)
-        self.excess = []
-        for depth, level in enumerate(levels):
-            cost = _edge_costs(level, per_op)
-            excess = cost + togo[depth + 1][level.target] - togo[depth][level.source]
-            rounded = np.floor(np.maximum(excess, 0) / step * (1 - 1e-12))
-            self.excess.append(np.minimum(rounded, RESOLUTION + 1).astype(np.int64))
-        self.completions: list[Floats] = [np.ones((len(togo[-1]), RESOLUTION + 1))]
-        for level, spent in zip(reversed(levels), reversed(self.excess), strict=True):
-            following = self.completions[0]
-            counts = np.zeros((len(level.states), RESOLUTION + 1))
-            for source, target, bins in zip(level.source, level.target, spent, strict=True):
-                if bins <= RESOLUTION:
-                    counts[source, bins:] += following[target, : RESOLUTION + 1 - bins]
-            self.completions.insert(0, counts)
+        return self._draw(rng)
 
     @property
-    def count(self) -> float:
-        """Networks within the budget, up to the rounding."""
-        return float(self.completions[0][0, RESOLUTION])
+    def size(self) -> float:
+        """How many architectures meet every limit: exact where listed, else from above."""
+        return self.superset.counts.count if self.listed is None else float(len(self.listed))
 
-    def draw(self, rng: np.random.Generator) -> Architecture:
-        """A network, each with the same probability."""
-        edges, state, left = [], 0, RESOLUTION
-        for level, spent, following in zip(
-            self.space.lattice.levels, self.excess, self.completions[1:], strict=True
-        ):
-            legal = np.flatnonzero((level.source == state) & (spent <= left))
-            weights = np.cumsum(following[level.target[legal], left - spent[legal]])
-            pick = np.searchsorted(weights, rng.random() * weights[-1], side="right")
-            edge = int(legal[min(int(pick), len(legal) - 1)])
-            edges.append(edge)
-            state = int(level.target[edge])
-            left -= int(spent[edge])
-        return self.space.from_edges(edges)
+    @cached_property
+    def listed(self) -> tuple[Architecture, ...] | None:
+        """Every architecture of the set, where a superset of it is small; else None."""
+        listed = self.superset.listed
+        return None if listed is None else tuple(architectures_of(listed[self._inside(listed)]))
+
+    def feasibility(self) -> Feasibility:
+        """What the limits leave of the space; the same numbers on every call."""
+        medians = self.bounds(_drawn(Superset(self.space, ())))
+        rows = tuple(
+            LimitedCost(
+                name=limit.cost.name,
+                limit=limit.value,
+                smallest=self.ranges[limit.cost.name].smallest,
+                median=float(np.median(medians[limit.cost.name])),
+                largest=self.ranges[limit.cost.name].largest,
+                binding=self.binding(limit),
+            )
+            for limit in self.limits
+        )
+        return Feasibility(rows, self._share())
+
+    def _share(self) -> float:
+        if not self._binding:
+            return 1.0
+        count = float(self.space.count)
+        if self.listed is not None:
+            return len(self.listed) / count
+        accepted = float(self.contains(_drawn(self.superset)).mean())
+        return min(max(self.size * accepted, 1.0) / count, 1.0)
+
+    def _genes(self, architectures: Sequence[Architecture]) -> Ints:
+        if not architectures:
+            return np.empty((0, len(self.space.genes)), np.int64)
+        return genes_of(architectures)
+
+    def _raw(self, genes: Ints) -> list[tuple[Limit, Floats]]:
+        """Each limit with the sums or peaks of its cost, (n,), for genes (n, genes)."""
+        ops = op_indices(self.space, genes)
+        return [(limit, limit.cost.over_ops(ops)) for limit in self.limits]
+
+    def _inside(self, genes: Ints) -> npt.NDArray[np.bool_]:
+        inside = np.ones(len(genes), bool)
+        for limit, values in self._raw(genes):
+            inside &= values <= limit.budget
+        return inside
+
+    def _draw(self, rng: np.random.Generator) -> Architecture | None:
+        if self.listed is not None:
+            return self.listed[rng.integers(len(self.listed))] if self.listed else None
+        for count in BATCHES:
+            genes = self.superset.counts.draw(rng, count)
+            inside = self._inside(genes)
+            if inside.any():
+                return architectures_of(genes[inside][:1])[0]
+        return None
+
+    def _find_witness(self) -> Architecture:
+        known = [self.ranges[limit.cost.name].cheapest for limit in self._binding]
+        known += self.superset.dual.met
+        inside = self._inside(self._genes(known))
+        if inside.any():
+            return known[int(np.argmax(inside))]
+        if not self.superset.empty and (drawn := self._draw(np.random.default_rng(0))):
+            return drawn
+        closest = nearest(self.space, self._binding)
+        if self._inside(genes_of([closest]))[0]:
+            return closest
+        raise self._apart(closest, proven=self.superset.empty or self.listed is not None)
+
+    def _apart(self, closest: Architecture, *, proven: bool) -> Unreachable:
+        asked = " and ".join(f"{x.cost.name} <= {x.value:.6g}" for x in self._binding)
+        what = f"Each limit can be met alone in {self.space.name}, but "
+        if proven:
+            what += f"no architecture meets {asked} together."
+        else:
+            what += (
+                f"none of {MAX_TRIES} uniform draws from a superset of the architectures that may "
+                f"meet {asked} together did. That none exists is not proven."
+            )
+        together = {}
+        for limit in self._binding:
+            bound = float(self.bounds([closest])[limit.cost.name][0])
+            enough = limit.value if bound <= limit.value else MARGIN * bound
+            together[limit.cost.name] = _rounded_up(enough)
+        values = " and ".join(f"{name}={value:.4g}" for name, value in together.items())
+        return self._unreachable(what, together, f"ask for at least {values} together")
+
+    def _unreachable(self, what: str, together: dict[str, float], next_step: str) -> Unreachable:
+        return Unreachable(
+            what,
+            smallest={name: found.smallest for name, found in self.ranges.items()},
+            largest={name: found.largest for name, found in self.ranges.items()},
+            together=together,
+            next_step=next_step,
+        )
 
 
-def _edge_costs(level: Level, per_op: Floats) -> Floats:
-    costs: Floats = np.append(per_op, 0.0)[level.op]
-    return costs
+def _each(told: Callable[[float], float], raw: Floats) -> Floats:
+    return np.array([told(value) for value in raw.tolist()], np.float64)
 
 
-def _least_to_go(space: SearchSpace, per_op: Floats) -> list[Floats]:
-    """The least cost from each state of each level to the end."""
-    levels = space.lattice.levels
-    togo = [np.zeros(int(levels[-1].target.max()) + 1)]
-    for level in reversed(levels):
-        best = np.full(len(level.states), np.inf)
-        np.minimum.at(best, level.source, _edge_costs(level, per_op) + togo[0][level.target])
-        togo.insert(0, best)
-    return togo
+def _drawn(superset: Superset) -> list[Architecture]:
+    return architectures_of(superset.counts.draw(np.random.default_rng(0), SAMPLES))
 
 
-def _most(space: SearchSpace, per_op: Floats) -> float:
-    return -float(_least_to_go(space, -per_op)[0][0])
-
-
-def _extreme(space: SearchSpace, per_op: Floats, sign: float) -> tuple[float, Architecture]:
-    togo = _least_to_go(space, sign * per_op)
-    edges, state = [], 0
-    for depth, level in enumerate(space.lattice.levels):
-        legal = np.flatnonzero(level.source == state)
-        costs = sign * _edge_costs(level, per_op)[legal] + togo[depth + 1][level.target[legal]]
-        edge = int(legal[int(np.argmin(costs))])
-        edges.append(edge)
-        state = int(level.target[edge])
-    architecture = space.from_edges(edges)
-    return float(totals(space, per_op, genes_of([architecture]))[0]), architecture
+def _rounded_up(value: float) -> float:
+    """The smallest number with four digits that is not below a positive value."""
+    rounded = float(f"{value:.3e}")
+    if rounded < value:
+        rounded = float(f"{value + 10.0 ** (math.floor(math.log10(value)) - 3):.3e}")
+    return rounded

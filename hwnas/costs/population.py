@@ -1,4 +1,4 @@
-"""Additive costs of whole populations: arrays, and no Python loop over architectures."""
+"""Costs of whole populations: arrays, and no Python loop over architectures."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,17 @@ import numpy.typing as npt
 from hwnas.spaces.base import Architecture, Ints, SearchSpace
 from quant.errors import InvalidInput
 
+Floats = npt.NDArray[np.float64]
+
 
 def genes_of(architectures: Sequence[Architecture]) -> Ints:
     """The genes of n architectures as an array (n, genes)."""
     return np.array([architecture.genes for architecture in architectures], np.int64)
+
+
+def architectures_of(genes: Ints) -> list[Architecture]:
+    """The architectures of genes (n, genes): what `genes_of` takes apart."""
+    return [Architecture(tuple(row)) for row in genes.tolist()]
 
 
 def op_indices(space: SearchSpace, genes: Ints) -> Ints:
@@ -49,10 +56,20 @@ def op_indices(space: SearchSpace, genes: Ints) -> Ints:
     return result
 
 
-def totals(
-    space: SearchSpace, per_op: npt.NDArray[np.float64], genes: Ints
-) -> npt.NDArray[np.float64]:
+def over_ops(per_op: Floats, ops: Ints, join: np.ufunc) -> Floats:
+    """A cost joined over each architecture's ops, (n,): np.add for sums, np.maximum for peaks.
+
+    `ops` is (n, positions) as `op_indices` gives it; a skip counts 0.
+    """
+    joined: Floats = join.reduce(np.append(per_op, 0.0)[ops], axis=1)
+    return joined
+
+
+def totals(space: SearchSpace, per_op: Floats, genes: Ints) -> Floats:
     """The sum of an additive cost over each architecture's ops, (n,)."""
-    padded = np.append(per_op, 0.0)
-    result: npt.NDArray[np.float64] = padded[op_indices(space, genes)].sum(axis=1)
-    return result
+    return over_ops(per_op, op_indices(space, genes), np.add)
+
+
+def peaks(space: SearchSpace, per_op: Floats, genes: Ints) -> Floats:
+    """The largest value over each architecture's ops, (n,); a skip counts 0."""
+    return over_ops(per_op, op_indices(space, genes), np.maximum)

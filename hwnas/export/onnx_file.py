@@ -7,7 +7,8 @@ import numpy as np
 import onnx
 import torch
 
-from hwnas.data import Images, as_input
+from hwnas.batches import evaluation_batch, in_order
+from hwnas.data import Images
 from latency_tables.files import write_atomically
 from profilers.base import Profiler, Session
 from profilers.graphs import emit
@@ -39,10 +40,12 @@ def write_onnx(network: Network, profiler: Profiler, path: Path) -> onnx.ModelPr
 
 def agreement(network: Network, session: Session, images: Images) -> Agreement:
     """Run both on the same images."""
-    x = as_input(images.x)
-    with torch.no_grad():
-        reference = network(torch.from_numpy(x)).numpy()
-    shipped = session.run(x)
+    references, answers = [], []
+    for x, _ in in_order(images, evaluation_batch(images)):
+        with torch.no_grad():
+            references.append(network(x).numpy())
+        answers.append(session.run(x.numpy()))
+    reference, shipped = np.concatenate(references), np.concatenate(answers)
     return Agreement(
         images=len(images),
         same_class=float((reference.argmax(1) == shipped.argmax(1)).mean()),
@@ -51,10 +54,9 @@ def agreement(network: Network, session: Session, images: Images) -> Agreement:
     )
 
 
-def accuracy(session: Session, images: Images, *, batch: int = 500) -> float:
+def accuracy(session: Session, images: Images, *, batch: int | None = None) -> float:
     """The share of images that the shipped file classifies rightly."""
     right = 0
-    for start in range(0, len(images), batch):
-        part = Images(images.x[start : start + batch], images.y[start : start + batch])
-        right += int((session.run(as_input(part.x)).argmax(1) == part.y).sum())
+    for x, y in in_order(images, batch or evaluation_batch(images)):
+        right += int((session.run(x.numpy()).argmax(1) == y.numpy()).sum())
     return right / len(images)

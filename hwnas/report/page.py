@@ -33,13 +33,12 @@ def front(points: list[Point]) -> list[Point]:
 
 def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """The result as (what, value) for a terminal or a page."""
-    limit = summary["limits"]["latency_ms"]
     predicted, measured = summary["predicted"], summary["measured"]
     shared = summary["search_val_shared_weights"]
     name = summary["method"]["name"]
     verdict = "stable" if measured["stable"] else "UNSTABLE"
     return [
-        ("limit", f"{limit['value']:.4g} ms" + ("" if limit["binding"] else " (does not bind)")),
+        *(("limit", _limit(summary, cost)) for cost in summary["limits"]),
         ("predicted", f"{predicted['latency_ms']:.4g} ms"),
         ("bound", f"{predicted['upper_latency_ms']:.4g} ms at {predicted['coverage']:.0%}"),
         (
@@ -54,10 +53,47 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
             f"{_percent(shared[name])} {name}, {_percent(shared['random'])} random, "
             f"{summary['evaluated']} architectures each",
         ),
-        ("model", summary["model"]),
+        ("model", f"{summary['model']} ({summary['size_bytes'] / 1e6:.3g} MB)"),
         ("certificate", summary["certificate"]),
         ("report", summary["report"]),
     ]
+
+
+def number(value: float) -> str:
+    """A value for people.
+
+    >>> number(0.21), number(2.5e6), number(3e12)
+    ('0.21', '2,500,000', '3e+12')
+    """
+    return f"{value:,.0f}" if 1e4 <= value < 1e10 else f"{value:.4g}"
+
+
+def limit_text(cost: str, value: float) -> str:
+    """A limit for people.
+
+    >>> limit_text("latency_ms", 0.21), limit_text("size_mb", 1.5), limit_text("params", 2.5e6)
+    ('0.21 ms', '1.5 MB (size)', '2,500,000 params')
+    """
+    name, _, unit = cost.rpartition("_")
+    match unit:
+        case "ms":
+            return f"{number(value)} {unit}"
+        case "mb":
+            return f"{number(value)} MB ({name})"
+        case _:
+            return f"{number(value)} {cost}"
+
+
+def _limit(summary: dict[str, Any], cost: str) -> str:
+    limit = summary["limits"][cost]
+    text = limit_text(cost, limit["value"])
+    if limit["binding"]:
+        return text
+    low, high = summary["feasible_min"][cost], summary["feasible_max"][cost]
+    return (
+        f"{text} does not bind: the space reaches {number(low)} to {number(high)}; "
+        f"try {limit_text(cost, (low + high) / 2)}"
+    )
 
 
 def write_report(
@@ -80,13 +116,13 @@ def write_report(
         x=[p[0] for p in best], y=[p[1] for p in best], mode="lines", name="front",
         line={"shape": "hv", "color": "#d62728"},
     )  # fmt: skip
-    limit = summary["limits"]["latency_ms"]["value"]
-    figure.add_vline(
-        x=limit,
-        line_dash="dash",
-        annotation_text=f"limit {limit:.4g} ms",
-        annotation_position="top left",
-    )
+    if limit := summary["limits"].get("latency_ms"):
+        figure.add_vline(
+            x=limit["value"],
+            line_dash="dash",
+            annotation_text=f"limit {limit['value']:.4g} ms",
+            annotation_position="top left",
+        )
     figure.add_scatter(
         x=[summary["measured"]["median_ms"]],
         y=[summary["accuracy"]["search_val_shared_weights"]],

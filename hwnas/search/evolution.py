@@ -18,7 +18,8 @@ class Evolution:
     `population` proposals `mutations` are mutated elites (each gene redrawn with
     `mutation_probability`, at least one changed), `crossovers` take each gene from one of two
     elites, and the rest are samples. The elites are the best `parents` ever told. A child that is
-    infeasible or was proposed before is dropped; after ten tries a child, samples take its place.
+    infeasible or was proposed before is dropped; after ten tries a child, samples take its place,
+    and mutated elites that of samples which the feasible set is too thin to give.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class Evolution:
                 self._breed(int(wanted), child, elites, proposals, rng)
         seen = set(self.scores) | set(proposals)
         proposals |= dict.fromkeys(fresh_samples(self.feasible, seen, count - len(proposals), rng))
+        if self.scores and self.feasible.listed is None:
+            self._breed(count - len(proposals), self._mutate, self.elites, proposals, rng)
         return list(proposals)
 
     def tell(self, architectures: Sequence[Architecture], scores: Sequence[Score]) -> None:

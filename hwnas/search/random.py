@@ -8,8 +8,6 @@ from hwnas.costs.feasible import FeasibleSet
 from hwnas.search.base import Score, check_scores
 from hwnas.spaces.base import Architecture
 
-FEW = 2000
-
 
 class RandomSearch:
     """Uniform samples of the feasible set, each architecture once."""
@@ -36,19 +34,23 @@ def fresh_samples(
 ) -> list[Architecture]:
     """Uniform feasible architectures that are not in `seen`.
 
-    From at most 20 draws for each one asked for, or for each there is where they are few: a set of
-    up to `FEW` is used up before fewer come back than were asked for (but for a chance of 1e-6).
+    A feasible set small enough to be listed is used up before fewer come back than were asked for.
+    Another is sampled at most 20 times for each one asked for; where a sample comes back empty, the
+    set's witness stands in, so that a set with an architecture in it never looks empty.
     """
-    found: dict[Architecture, None] = {}
     if count < 1:
         return []
-    few = int(feasible.size) if feasible.size <= FEW else 0
-    for _ in range(20 * max(count, few)):
+    if feasible.listed is not None:
+        left = [architecture for architecture in feasible.listed if architecture not in seen]
+        return [left[number] for number in rng.permutation(len(left))[:count]]
+    found: dict[Architecture, None] = {}
+    for _ in range(20 * count):
         if len(found) == count:
             break
-        architecture = feasible.sample(rng)
-        if architecture is None:
-            break
+        sample = feasible.sample(rng)
+        architecture = sample or feasible.witness
         if architecture not in seen:
             found[architecture] = None
+        if sample is None:
+            break
     return list(found)

@@ -263,15 +263,18 @@ class SearchSpace:
             tuple(g for level, e in zip(levels, edges, strict=True) for g in level.steps[e].genes)
         )
 
-    def through(self, depth: int, edge: int) -> Architecture:
-        """Some architecture that takes the given edge at the given level."""
-        levels = self.lattice.levels
-        edges = [edge]
-        for level in reversed(levels[:depth]):
-            state = levels[depth - len(edges) + 1].source[edges[0]]
-            edges.insert(0, int(np.flatnonzero(level.target == state)[0]))
-        for before, level in itertools.pairwise(levels[depth:]):
-            edges.append(int(np.flatnonzero(level.source == before.target[edges[-1]])[0]))
+    def heaviest(self, weights: Sequence[npt.NDArray[np.float64]]) -> Architecture:
+        """The architecture with the largest sum of weights; `weights` has one an edge, by level."""
+        after = np.zeros(int(self.lattice.levels[-1].target.max()) + 1)
+        sums: list[npt.NDArray[np.float64]] = []
+        for level, weight in zip(reversed(self.lattice.levels), reversed(weights), strict=True):
+            sums.insert(0, weight + after[level.target])
+            after = np.full(len(level.states), -np.inf)
+            np.maximum.at(after, level.source, sums[0])
+        edges, state = [], 0
+        for level, found in zip(self.lattice.levels, sums, strict=True):
+            edges.append(int(np.argmax(np.where(level.source == state, found, -np.inf))))
+            state = int(level.target[edges[-1]])
         return self.from_edges(edges)
 
     def walk(self, architecture: Architecture) -> list[PlacedOp]:

@@ -84,6 +84,29 @@ def mobile_tiny(*, classes: int, image_channels: int = 1, size: int = 32) -> Sea
     )
 
 
+def mobile_224(*, classes: int, image_channels: int = 3, size: int = 224) -> SearchSpace:
+    """The preset for photos: 18 blocks, 16 to 192 channels, squeeze-excite in three of six stages.
+
+    After MobileNetV3-Large's depth, strides and widths (Howard et al. 2019, table 1), with relu
+    throughout: ONNX Runtime has no integer kernel for h-swish.
+    """
+    return mobile(
+        "mobile",
+        (
+            Stage(1, 1, (16,)),
+            Stage(3, 2, (16, 24, 32)),
+            Stage(4, 2, (32, 40, 48), squeeze=4),
+            Stage(4, 2, (64, 80, 96)),
+            Stage(3, 1, (96, 112, 128), squeeze=4),
+            Stage(3, 2, (128, 160, 192), squeeze=4),
+        ),
+        classes=classes,
+        size=size,
+        image_channels=image_channels,
+        head_channels=960,
+    )
+
+
 def _refuse_ambiguous(name: str, stages: Sequence[Stage]) -> None:
     """Four stages in a row without a stride, with widths that overlap in part, could spell one
     network in two ways that moving a single block does not show.

@@ -1,24 +1,60 @@
 """The spaces that `--space` names, and spaces of the user's own."""
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from hwnas.spaces.base import SearchSpace
-from hwnas.spaces.mobile import mobile_tiny
+from hwnas.spaces.mobile import mobile_224, mobile_tiny
+from latency_tables.ops import Tensor
 from quant.errors import InvalidInput
 
 SpaceFactory = Callable[..., SearchSpace]
-"""Called with classes, image_channels and size of the data; returns the space."""
+"""Called with classes, image_channels and size of the data; returns the space. The default of
+`size`, where there is one, is the side in pixels to which pictures are brought."""
 
-SPACES: dict[str, SpaceFactory] = {"mobile-tiny": mobile_tiny}
+SPACES: dict[str, SpaceFactory] = {"mobile-tiny": mobile_tiny, "mobile": mobile_224}
+"""The presets."""
+
+DEFAULT_SIZE = 224
+"""The side of pictures where a space of the user's own states none."""
 
 
 def load_space(name: str, *, classes: int, image_channels: int, size: int) -> SearchSpace:
-    """The space of a name, or of `path.py:function`, for images of a data set."""
+    """The space of a name, or of `path.py:function`, for images of a data set.
+
+    Raises InvalidInput where the name is not known, the file or function not there, the function
+    fails, or what it returns is no space for such images.
+    """
     factory = SPACES.get(name) or _own(name)
-    return factory(classes=classes, image_channels=image_channels, size=size)
+    try:
+        space = factory(classes=classes, image_channels=image_channels, size=size)
+        starts = space.input == Tensor(image_channels, size, size)
+        ends = {step.op.output.channels for step in space.lattice.levels[-1].steps if step.op}
+    except InvalidInput:
+        raise
+    except Exception as error:  # whatever a user's own function raises
+        raise InvalidInput(
+            f"--space {name} cannot be built for {size} x {size} images of {image_channels} "
+            f"channels and {classes} classes: {type(error).__name__}: {error}.",
+            next_step="call the function in Python to see where, or name another --image-size",
+        ) from error
+    if not starts or ends != {classes}:
+        raise InvalidInput(
+            f"--space {name} does not lead from {image_channels} x {size} x {size} images to "
+            f"{classes} classes.",
+            accepted="a SearchSpace whose input is Tensor(image_channels, size, size) and whose "
+            "last op has as many channels as there are classes",
+        )
+    return space
+
+
+def image_size(name: str) -> int:
+    """The side in pixels that a space is meant for."""
+    size = inspect.signature(SPACES.get(name) or _own(name)).parameters.get("size")
+    return size.default if size and isinstance(size.default, int) else DEFAULT_SIZE
 
 
 def _own(name: str) -> SpaceFactory:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from hwnas.batches import in_order
+from hwnas.batches import evaluation_batch, in_order
 from hwnas.data import Splits
 from hwnas.spaces.base import Architecture
 from hwnas.supernet.network import NormStatistics, Supernet
@@ -37,11 +37,11 @@ class Evaluator:
         *,
         recalibration_images: int,
         validation_images: int,
-        batch: int = 128,
+        batch: int | None = None,
     ) -> None:
         self.supernet = supernet
-        self.batch = batch
         train, val = splits.train, splits.search_val
+        batch = batch or evaluation_batch(train)
         self._recalibration = [
             x for x, _ in in_order(train.first(recalibration_images), batch, whole=True)
         ]

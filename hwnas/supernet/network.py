@@ -7,6 +7,7 @@ space's ops.
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -102,16 +103,31 @@ class Supernet(nn.Module):
         return network.eval()
 
     def initialise_ranges(self, images: Tensor) -> None:
-        """Set every activation range from a batch, by running paths until all were seen."""
-        for depth, level in enumerate(self.space.lattice.levels):
-            for edge, step in enumerate(level.steps):
-                if step.op is None:
-                    continue
-                placed = PlacedOp(self.space.positions[depth].name, step.group, step.op)
-                if not all(self._range(placed, index).is_set for index in step.op.quantisers):
-                    with torch.no_grad():
-                        path = self.space.through(depth, edge)
-                        self._run(images, path, None, None, initialise=True)
+        """Set every activation range from a batch, by running paths until all were seen; each path
+        is one that sees the most ranges that no path saw before.
+        """
+        ranges: list[list[list[ElasticRange]]] = [
+            [
+                []
+                if step.op is None
+                else [
+                    self._range(PlacedOp(position.name, step.group, step.op), index)
+                    for index in step.op.quantisers
+                ]
+                for step in level.steps
+            ]
+            for position, level in zip(self.space.positions, self.space.lattice.levels, strict=True)
+        ]
+        while True:
+            unset = [
+                np.array([float(sum(not r.is_set for r in edge)) for edge in level])
+                for level in ranges
+            ]
+            if not any(level.any() for level in unset):
+                return
+            with torch.no_grad():
+                path = self.space.heaviest(unset)
+                self._run(images, path, None, None, initialise=True)
 
     def _run(
         self,

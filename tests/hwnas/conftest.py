@@ -3,17 +3,21 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import hwnas
-from hwnas.costs.limits import AdditiveCost, counted_cost
-from hwnas.spaces.base import Architecture, SearchSpace
+from hwnas.costs.limits import AdditiveCost, Cost, counted_cost
+from hwnas.spaces.base import Architecture, Build, Choice, Position, SearchSpace, State
+from hwnas.spaces.blocks import conv_norm_activation
 from hwnas.spaces.mobile import Stage, mobile, mobile_tiny
 from latency_tables.model import LatencyModel, Quality
+from latency_tables.ops import Tensor
+from quant.precision import Precision
 
 ROOT = Path(hwnas.__file__).parents[1]
 UNKNOWN_QUALITY = Quality(0, 0, 0, 0, 0, 0, 0, 0)
@@ -45,6 +49,59 @@ def small_list(small: SearchSpace) -> list[Architecture]:
 
 
 @pytest.fixture(scope="session")
+def large() -> SearchSpace:
+    """20 positions, about 2,500 ops, 5,000 edges and 1e24 architectures."""
+    return mobile(
+        "large",
+        (
+            Stage(1, 1, (8, 16, 24, 32)),
+            Stage(2, 2, (16, 24, 32, 40)),
+            Stage(3, 2, (32, 40, 48, 56)),
+            Stage(4, 2, (64, 80, 96, 112)),
+            Stage(4, 1, (80, 96, 112, 128)),
+            Stage(3, 2, (160, 192, 224, 256)),
+            Stage(1, 1, (256, 320, 384, 448)),
+        ),
+        classes=100,
+        size=64,
+    )
+
+
+@pytest.fixture(scope="session")
+def random_space() -> Callable[[int], SearchSpace]:
+    """Up to a few hundred architectures, from a seed: any choices may be illegal, dead ends too."""
+
+    def build(seed: int) -> SearchSpace:
+        rng = np.random.default_rng(seed)
+        widths = (8, 16, 24)
+        choices = ("skip", *widths)
+        positions = []
+        for number in range(int(rng.integers(2, 6))):
+            legal = {w: {c for c in choices if rng.random() < 0.45} for w in widths}
+            legal[8].add(8)
+            options = {"width": choices, "kernel": (1, 3)}
+            positions.append(Position(f"p{number}", options, _convolution(legal)))
+        head = _convolution({width: {8} for width in widths})
+        positions.append(Position("head", {"width": (8,), "kernel": (1, 3)}, head))
+        return SearchSpace(f"random {seed}", Tensor(8, 4, 4), tuple(positions))
+
+    return build
+
+
+def _convolution(legal: Mapping[int, set[object]]) -> Build:
+    def build(state: State, values: Mapping[str, Any]) -> Choice | None:
+        width, kernel = values["width"], values["kernel"]
+        if width not in legal[state.tensor.channels] or (width == "skip" and kernel == 3):
+            return None
+        if width == "skip":
+            return Choice(None, state)
+        op = conv_norm_activation(state.tensor, width, kernel=kernel, precision=Precision("fp32"))
+        return Choice(op, State(op.output))
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def latency_like() -> Callable[[SearchSpace], AdditiveCost]:
     """A cost with a model's offset, factors and bound, over rows drawn once from a fixed seed."""
 
@@ -65,10 +122,10 @@ def latency_like() -> Callable[[SearchSpace], AdditiveCost]:
 @pytest.fixture(scope="session")
 def cost_named(
     latency_like: Callable[[SearchSpace], AdditiveCost],
-) -> Callable[[SearchSpace, str], AdditiveCost]:
+) -> Callable[[SearchSpace, str], Cost]:
     """A cost of a space by its name: counted, or the latency-like one."""
 
-    def build(space: SearchSpace, name: str) -> AdditiveCost:
+    def build(space: SearchSpace, name: str) -> Cost:
         return latency_like(space) if name == "latency_ms" else counted_cost(space, name)
 
     return build

@@ -50,4 +50,16 @@ def test_an_unreachable_limit_tells_the_range_that_can_be_reached() -> None:
     )
     assert (error.smallest["latency_ms"], error.largest["latency_ms"]) == (0.4, 2.5)
     assert str(error) == "0.1 ms cannot be met. Next: try 0.5."
+    assert error.together == {}
     assert not isinstance(error, errors.InvalidInput)
+
+
+def test_limits_that_exclude_each_other_tell_what_can_be_met_together() -> None:
+    error = errors.Unreachable(
+        "Not both.",
+        smallest={"latency_ms": 0.4, "size_mb": 1.0},
+        largest={"latency_ms": 2.5, "size_mb": 4.0},
+        together={"latency_ms": 0.6, "size_mb": 1.2},
+    )
+    assert error.together == {"latency_ms": 0.6, "size_mb": 1.2}
+    assert str(error) == "Not both."

@@ -10,13 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwnas.costs.feasible import FeasibleSet
-from hwnas.costs.limits import AdditiveCost, Limit, counted_cost, latency_cost, violation
-from hwnas.costs.population import genes_of, totals
+from hwnas.costs.limits import (
+    COUNTED,
+    AdditiveCost,
+    Cost,
+    Limit,
+    PeakCost,
+    counted_cost,
+    latency_cost,
+    size_cost,
+    violation,
+)
+from hwnas.costs.paths import Paths
+from hwnas.costs.population import genes_of, peaks, totals
 from hwnas.spaces.base import Architecture, SearchSpace
+from hwnas.spaces.mobile import Stage, mobile
 from latency_tables.model import LatencyModel, Quality
-from latency_tables.ops import COUNTS
+from latency_tables.ops import COUNTS, peak_activation_bytes, total
 from latency_tables.table import Host, LatencyTable, Row
-from quant.errors import TableError
+from quant.errors import InvalidInput, TableError
+
+SMALLEST = mobile("smallest", (Stage(1, 2, (16,)),), classes=2, size=8, kernels=(3,))
 
 
 def model(offset_us: float = 12.0, upper_ratio: float = 1.1) -> LatencyModel:
@@ -125,18 +139,114 @@ def test_a_budget_is_told_at_once_where_the_limit_leaves_nothing_beside_the_offs
     assert budget == pytest.approx(left_us, abs=1e-11)
 
 
+@pytest.mark.parametrize("name", COUNTED)
+def test_every_cost_that_can_be_limited_is_that_of_the_lowered_ops(
+    small: SearchSpace, small_list: list[Architecture], name: str
+) -> None:
+    cost = counted_cost(small, name)
+    found = cost.totals(small, genes_of(small_list))
+    for architecture, raw in zip(small_list, found.tolist(), strict=True):
+        ops = small.lower(architecture)
+        expected = peak_activation_bytes(ops) / 1e6 if name == "activation_mb" else total(name, ops)
+        assert cost.predict(raw) == cost.upper(raw) == cost.budget(raw) == raw == expected
+
+
+def test_a_cost_that_is_not_counted_is_refused_with_those_that_are(small: SearchSpace) -> None:
+    with pytest.raises(InvalidInput, match="'flops' is not a counted cost") as caught:
+        counted_cost(small, "flops")
+    assert caught.value.accepted == "params, macs, bitops, activation_mb"
+
+
+def test_sums_and_peaks_have_one_interface(
+    small: SearchSpace, small_list: list[Architecture]
+) -> None:
+    per_op = np.random.default_rng(1).lognormal(size=len(small.lattice.ops))
+    genes = genes_of(small_list)
+    for cost, values in (
+        (AdditiveCost("sum", per_op, float, float, float), totals),
+        (PeakCost("peak", per_op), peaks),
+    ):
+        expected = values(small, per_op, genes)
+        assert cost.totals(small, genes).tolist() == expected.tolist()
+        assert cost.totals(small, genes[:0]).shape == (0,)
+        budget = float(np.median(expected))
+        assert Limit(cost, budget).budget == budget
+        narrowed = cost.narrowed(Paths(small), budget)
+        assert not narrowed.empty
+        assert cost.narrowed(Paths(small), float(expected.min()) * 0.99).empty
+
+
+# ---- the size of a file
+
+
+def test_a_size_is_the_megabytes_of_ops_and_base(
+    small: SearchSpace, small_list: list[Architecture]
+) -> None:
+    op_bytes = [op.weight_bytes + 311 for op in small.lattice.ops]
+    cost = size_cost(small, op_bytes, 2048)
+    raw = cost.totals(small, genes_of(small_list)).tolist()
+    for architecture, found in zip(small_list, raw, strict=True):
+        expected = 2048 + sum(op.weight_bytes + 311 for op in small.lower(architecture))
+        assert cost.predict(found) == cost.upper(found) == expected / 1e6
+    assert cost.name == "size_mb"
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(base=st.floats(0, 1e7), raw=st.floats(0.001, 1e9), limit=st.floats(1e-6, 1e4))
+def test_the_budget_of_a_size_is_the_largest_sum_that_meets_the_limit(
+    base: float, raw: float, limit: float
+) -> None:
+    space = SMALLEST
+    cost = size_cost(space, [1.0] * len(space.lattice.ops), base)
+    for value in (limit, cost.upper(raw)):
+        budget = Limit(cost, value).budget
+        assert cost.upper(budget) <= value < cost.upper(math.nextafter(budget, math.inf))
+    assert Limit(cost, math.inf).budget == math.inf
+
+
+def test_sizes_that_are_not_one_for_each_op_or_not_numbers_are_refused(small: SearchSpace) -> None:
+    count = len(small.lattice.ops)
+    with pytest.raises(ValueError, match=f"sizes for {count} ops"):
+        size_cost(small, [1.0] * (count - 1), 0.0)
+    for bad, base in ((math.nan, 0.0), (1.0, math.inf)):
+        with pytest.raises(ValueError, match="not finite"):
+            size_cost(small, [bad] * count, base)
+
+
+# ---- limits
+
+
+@pytest.mark.parametrize("value", [math.nan, 0.0, -0.0, -1.0, -math.inf])
+@pytest.mark.parametrize("name", ["macs", "activation_mb"])
+def test_a_limit_that_is_not_positive_is_refused(
+    small: SearchSpace, name: str, value: float
+) -> None:
+    with pytest.raises(InvalidInput, match=f"The limit on {name} is") as caught:
+        Limit(counted_cost(small, name), value)
+    assert caught.value.accepted == "a positive number"
+
+
+@pytest.mark.parametrize("name", ["macs", "activation_mb"])
+def test_an_infinite_limit_bounds_nothing(
+    small: SearchSpace, small_list: list[Architecture], name: str
+) -> None:
+    limit = Limit(counted_cost(small, name), math.inf)
+    assert limit.budget == math.inf
+    assert violation([limit], [limit.cost.totals(small, genes_of(small_list))]).max() == 0
+
+
 # ---- violation
 
 
-@pytest.mark.parametrize("name", ["macs", "weight_bytes", "latency_ms"])
+@pytest.mark.parametrize("name", ["macs", "weight_bytes", "latency_ms", "activation_mb"])
 def test_a_violation_is_zero_exactly_where_an_architecture_is_feasible(
     small: SearchSpace,
     small_list: list[Architecture],
-    cost_named: Callable[[SearchSpace, str], AdditiveCost],
+    cost_named: Callable[[SearchSpace, str], Cost],
     name: str,
 ) -> None:
     cost = cost_named(small, name)
-    sums = totals(small, cost.per_op, genes_of(small_list))
+    sums = cost.totals(small, genes_of(small_list))
     bounds = sorted(cost.upper(total) for total in sums)
     for bound in bounds[::7]:
         for value in (bound, math.nextafter(bound, 0), math.nextafter(bound, math.inf)):
@@ -149,7 +259,7 @@ def test_a_violation_is_zero_exactly_where_an_architecture_is_feasible(
 
 
 def test_violations_add_up_as_relative_excesses(
-    small: SearchSpace, cost_named: Callable[[SearchSpace, str], AdditiveCost]
+    small: SearchSpace, cost_named: Callable[[SearchSpace, str], Cost]
 ) -> None:
     limits = [Limit(cost_named(small, "macs"), 100.0), Limit(cost_named(small, "params"), 10.0)]
     sums = [np.array([150.0, 100.0, 50.0, 300.0]), np.array([10.0, 15.0, 1.0, 40.0])]

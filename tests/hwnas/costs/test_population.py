@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwnas.costs.limits import counted_cost
-from hwnas.costs.population import genes_of, op_indices, totals
+from hwnas.costs.population import architectures_of, genes_of, op_indices, peaks, totals
 from hwnas.costs.samplers import UniformSampler
 from hwnas.spaces.base import Architecture, SearchSpace
 from hwnas.spaces.mobile import mobile_tiny
@@ -37,6 +37,25 @@ def test_totals_of_float_costs_equal_a_loop(tiny: SearchSpace) -> None:
     np.testing.assert_allclose(totals(tiny, per_op, genes_of(architectures)), expected, atol=1e-12)
 
 
+def test_peaks_equal_a_loop_in_which_a_skip_counts_nothing(tiny: SearchSpace) -> None:
+    per_op = np.random.default_rng(3).normal(size=len(tiny.lattice.ops))
+    number = {op.key: i for i, op in enumerate(tiny.lattice.ops)}
+    architectures = population(tiny, 300, seed=2)
+    expected = []
+    for architecture in architectures:
+        ops = tiny.lower(architecture)
+        skipped = [0.0] * (len(ops) < len(tiny.positions))
+        expected.append(max([per_op[number[op.key]] for op in ops] + skipped))
+    assert peaks(tiny, per_op, genes_of(architectures)).tolist() == expected
+
+
+def test_genes_and_architectures_are_each_others_inverse(
+    small: SearchSpace, small_list: list[Architecture]
+) -> None:
+    assert architectures_of(genes_of(small_list)) == small_list
+    assert architectures_of(np.empty((0, len(small.genes)), np.int64)) == []
+
+
 def test_an_architecture_costs_the_same_to_the_last_bit_alone_and_in_a_crowd(
     tiny: SearchSpace,
 ) -> None:
@@ -58,7 +77,8 @@ def test_op_indices_point_at_the_lowered_ops(
 
 def test_no_rows_have_no_totals(small: SearchSpace) -> None:
     per_op = np.ones(len(small.lattice.ops))
-    assert totals(small, per_op, np.empty((0, len(small.genes)), np.int64)).shape == (0,)
+    nobody = np.empty((0, len(small.genes)), np.int64)
+    assert totals(small, per_op, nobody).shape == peaks(small, per_op, nobody).shape == (0,)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

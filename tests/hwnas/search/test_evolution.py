@@ -8,14 +8,14 @@ import numpy.typing as npt
 import pytest
 
 from hwnas.costs.feasible import FeasibleSet, reachable
-from hwnas.costs.limits import AdditiveCost, Limit, counted_cost
+from hwnas.costs.limits import Cost, Limit, counted_cost
 from hwnas.costs.population import genes_of, totals
 from hwnas.search.base import Score
 from hwnas.search.evolution import Evolution
 from hwnas.search.random import RandomSearch
 from hwnas.spaces.base import Architecture, SearchSpace
 
-CostNamed = Callable[[SearchSpace, str], AdditiveCost]
+CostNamed = Callable[[SearchSpace, str], Cost]
 
 
 class Watched(FeasibleSet):

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from hwnas.costs.feasible import FeasibleSet, reachable
-from hwnas.costs.limits import AdditiveCost, Limit, counted_cost
+from hwnas.costs.limits import COUNTED, Cost, Limit, counted_cost
 from hwnas.costs.population import genes_of, totals
 from hwnas.search.base import Score, Strategy
 from hwnas.search.evolution import Evolution
 from hwnas.search.random import RandomSearch
 from hwnas.spaces.base import Architecture, SearchSpace
 
-CostNamed = Callable[[SearchSpace, str], AdditiveCost]
+CostNamed = Callable[[SearchSpace, str], Cost]
 Build = Callable[[FeasibleSet, int], Strategy]
 
 
@@ -150,15 +150,40 @@ def test_an_empty_answer_means_that_nothing_is_left_even_one_at_a_time(
 
 
 @EVERY
-def test_limits_that_exclude_each_other_are_answered_with_nothing_and_soon(
-    small: SearchSpace, build: Build
+def test_proposals_meet_sums_and_a_peak_at_once(tiny: SearchSpace, build: Build) -> None:
+    costs = [counted_cost(tiny, name) for name in COUNTED]
+    limits = [Limit(cost, reachable(tiny, cost).smallest * 8) for cost in costs]
+    limits[-1] = Limit(costs[-1], reachable(tiny, costs[-1]).smallest * 1.5)
+    feasible = FeasibleSet(tiny, limits)
+    assert all(feasible.binding(limit) for limit in limits)
+    asked = [a for told in run(build(feasible, 0), 6, 20) for a in told]
+    assert len(set(asked)) == len(asked) == 120
+    for limit in limits:
+        assert limit.cost.totals(tiny, genes_of(asked)).max() <= limit.value
+
+
+class Thin(FeasibleSet):
+    """A set that no draw ever hits."""
+
+    listed = None
+
+    def sample(self, rng: np.random.Generator) -> Architecture | None:
+        return None
+
+
+@EVERY
+def test_a_set_too_thin_to_draw_from_still_gives_its_witness(
+    tiny: SearchSpace, build: Build
 ) -> None:
-    macs = counted_cost(small, "macs")
-    against = AdditiveCost("against", macs.per_op.max() - macs.per_op, float, float, float)
-    limits = [Limit(cost, reachable(small, cost).smallest) for cost in (macs, against)]
-    start = time.perf_counter()
-    assert build(FeasibleSet(small, limits), 0).ask(50) == []
-    assert time.perf_counter() - start < 3
+    cost = counted_cost(tiny, "macs")
+    feasible = Thin(tiny, [Limit(cost, reachable(tiny, cost).smallest * 2)])
+    strategy = build(feasible, 0)
+    assert strategy.ask(20) == [feasible.witness]
+    strategy.tell([feasible.witness], [(0.5,)])
+    found = exhaust(strategy, 20) if isinstance(strategy, RandomSearch) else strategy.ask(20)
+    assert feasible.witness not in found
+    assert feasible.contains(found).all()
+    assert (len(found) > 0) == isinstance(strategy, Evolution), "mutations of the witness"
 
 
 @EVERY

@@ -1,0 +1,132 @@
+"""The flags of the commands: each written once, with its help and its completion."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+REQUEST = (
+    "space", "data", "image_size", "device", "threads", "batch", "method", "recipe", "seed",
+)  # fmt: skip
+"""The flags that make a run what it is."""
+
+
+def _names(*names: str) -> Any:
+    return lambda: list(names)
+
+
+_LIMITS, _WHAT, _WHERE, _TOLD = "Limits", "What is searched", "Where things are kept", "Output"
+
+Space = Annotated[
+    str | None,
+    typer.Option(
+        help="mobile-tiny, mobile (224 px), or path.py:function. (default: mobile-tiny)",
+        rich_help_panel=_WHAT,
+        autocompletion=_names("mobile-tiny", "mobile"),
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="digits, FILE.npz, folder:DIR, fashion-mnist:DIR or torchvision:NAME. "
+        "(default: digits)",
+        rich_help_panel=_WHAT,
+    ),
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Side of the images in pixels. (default: arrays their own, pictures the space's)",
+        min=4,
+        rich_help_panel=_WHAT,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, gpu or simulated. (default: cpu)",
+        rich_help_panel=_WHAT,
+        autocompletion=_names("cpu", "gpu", "simulated"),
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Threads of the runtime. (default: 1)", min=1, rich_help_panel=_WHAT),
+]
+Batch = Annotated[
+    int | None, typer.Option(help="Images a call. (default: 1)", min=1, rich_help_panel=_WHAT)
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="The search system. (default: spos)",
+        rich_help_panel=_WHAT,
+        autocompletion=_names("spos"),
+    ),
+]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        help="How much is trained and searched: quick, standard, thorough, or smoke to try the "
+        "path. (default: quick for digits, else standard)",
+        rich_help_panel=_WHAT,
+        autocompletion=_names("quick", "standard", "thorough", "smoke"),
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="The seed of everything random. (default: 0)", min=0, rich_help_panel=_WHAT),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="A YAML file of these flags; flags win.", rich_help_panel=_WHERE),
+]
+Tables = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of latency tables. (default: $HWNAS_HOME/tables, else ./tables)",
+        rich_help_panel=_WHERE,
+    ),
+]
+RunPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--run",
+        help="A run directory. (default: the newest under ./runs that matches)",
+        rich_help_panel=_WHERE,
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="One JSON object on standard output.", rich_help_panel=_TOLD)
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Results and errors only.", rich_help_panel=_TOLD)
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Tell every stage.", rich_help_panel=_TOLD)
+]
+
+
+def _limit(text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel=_LIMITS)
+
+
+LatencyMs = Annotated[float | None, _limit("Latency on the device, in milliseconds.")]
+LimitFraction = Annotated[
+    float | None,
+    typer.Option(
+        help="Instead of --latency-ms: this far from the smallest reachable bound to the largest.",
+        min=0,
+        max=1,
+        rich_help_panel=_LIMITS,
+    ),
+]
+MaxParams = Annotated[float | None, _limit("Parameters.")]
+MaxMacs = Annotated[float | None, _limit("Multiply-accumulates an image.")]
+MaxSizeMb = Annotated[float | None, _limit("The file as shipped, in megabytes of 10^6 bytes.")]
+MaxBitops = Annotated[
+    float | None, _limit("MACs x weight bits x input bits of all layers; fp32 is 32 x 32.")
+]
+MaxActivationMb = Annotated[
+    float | None, _limit("Peak activation memory of an image, in 10^6 bytes.")
+]

@@ -1,0 +1,139 @@
+"""What is there: devices, spaces, tables, runs. Each as plain data, for people and for JSON."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hwnas.costs.feasible import reachable
+from hwnas.costs.limits import COUNTED, counted_cost
+from hwnas.spaces.registry import SPACES, image_size, load_space
+from hwnas.store import Run, list_runs
+from latency_tables.table import LatencyTable
+from profilers.devices import DEVICES, open_profiler
+from profilers.host import usable_cores
+from quant.errors import InvalidInput
+
+
+def devices() -> list[dict[str, Any]]:
+    """Every device, whether it can be measured here, and what it is or why not."""
+    found: list[dict[str, Any]] = []
+    for name in DEVICES:
+        try:
+            host = open_profiler(name).host()
+        except InvalidInput as error:
+            found.append({"device": name, "usable": False, "about": str(error)})
+        else:
+            cores = f", {usable_cores()} usable cores" if name == "cpu" else ""
+            about = f"{host.cpu}{cores}, {host.runtime} {host.runtime_version}"
+            found.append({"device": name, "usable": True, "about": about, "flags": host.flags})
+    return found
+
+
+def spaces(name: str | None = None, *, classes: int = 10) -> list[dict[str, Any]]:
+    """The presets, or one space by name or path, with what their networks count."""
+    found: list[dict[str, Any]] = []
+    for known in [name] if name else SPACES:
+        size = image_size(known)
+        space = load_space(known, classes=classes, image_channels=3, size=size)
+        ranges = {cost: reachable(space, counted_cost(space, cost)) for cost in COUNTED}
+        found.append(
+            {
+                "space": known,
+                "image_size": size,
+                "positions": len(space.positions),
+                "genes": {gene.name: list(gene.choices) for gene in space.genes},
+                "rows": len(space.lattice.ops),
+                "architectures": float(space.count),
+                "smallest": {cost: r.smallest for cost, r in ranges.items()},
+                "largest": {cost: r.largest for cost, r in ranges.items()},
+            }
+        )
+    return found
+
+
+def tables(folder: Path) -> list[dict[str, Any]]:
+    """Every table of a folder, with its host and the quality of its latency models."""
+    found: list[dict[str, Any]] = []
+    for path in sorted(folder.glob("*.parquet")):
+        try:
+            table = LatencyTable.load(path)
+        except InvalidInput as error:
+            found.append({"table": str(path), "error": str(error)})
+            continue
+        host = table.host
+        models = {
+            name: {"mean_error": m.quality.mean_error, "tau": m.quality.tau}
+            for name, m in table.models.items()
+        }
+        found.append(
+            {
+                "table": str(path),
+                "device": host.device,
+                "cpu": host.cpu,
+                "runtime": f"{host.runtime} {host.runtime_version}",
+                "threads": host.threads,
+                "batch": host.batch,
+                "rows": len(table.rows),
+                "unstable_rows": sum(not row.stable for row in table.rows.values()),
+                "models": models,
+            }
+        )
+    return found
+
+
+def table(path: Path) -> dict[str, Any]:
+    """Everything in a table: host, protocol, latency models, rows."""
+    found = LatencyTable.load(path)
+    return {
+        "table": str(path),
+        "host": asdict(found.host),
+        "protocol": found.protocol,
+        "models": {name: model.to_dict() for name, model in found.models.items()},
+        "rows": [asdict(row) for row in found.rows.values()],
+    }
+
+
+def runs(root: Path) -> list[dict[str, Any]]:
+    """Every run under a folder, newest first, with its results."""
+    return [_run(run) for run in list_runs(root)]
+
+
+def _run(run: Run) -> dict[str, Any]:
+    config = run.config
+    return {
+        "run": str(run.path),
+        "space": config.space,
+        "data": config.data,
+        "device": config.device,
+        "threads": config.threads,
+        "batch": config.batch,
+        "method": config.method,
+        "recipe": config.recipe.get("name"),
+        "seed": config.seed,
+        "trained": run.supernet.exists(),
+        "results": [_result(path) for path in sorted((run.path / "results").glob("*"))],
+    }
+
+
+def _result(path: Path) -> dict[str, Any]:
+    certificate, finalists = _json(path / "certificate.json"), _json(path / "finalists.json")
+    return {
+        "result": path.name,
+        "limits": _object((certificate or finalists).get("limits")),
+        "measured_ms": _object(certificate.get("measured")).get("median_ms"),
+        "test": _object(certificate.get("accuracy")).get("test"),
+        "model": str(path / "model.onnx") if certificate else None,
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file's object; empty where it is not there or not whole: listing refuses nothing."""
+    try:
+        return _object(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _object(content: Any) -> dict[str, Any]:
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,175 @@
+"""From flags to a job with its limits, and what a user is told before the work begins."""
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hwnas
+from hwnas.flags import REQUEST
+from hwnas.screen import Screen, columns
+from quant.errors import InvalidInput
+
+if TYPE_CHECKING:  # loaded when a command uses it (see hwnas/__init__.py): help must be quick
+    import hwnas.config
+    import hwnas.run
+    from hwnas.costs.feasible import FeasibleSet, LimitedCost
+    from hwnas.costs.limits import Limit
+    from hwnas.job import Plan
+    from hwnas.run import Job
+    from hwnas.store import Run
+
+
+@contextmanager
+def opened_job(
+    flags: Mapping[str, Any], screen: Screen
+) -> Iterator[tuple["Job", dict[str, float]]]:
+    """The job that a command's flags and --config ask for, and the file's limits.
+
+    With --run, flags that were not given are the run's own; raises InvalidInput where one that was
+    given contradicts it.
+    """
+    given = {name: flags[name] for name in REQUEST if flags.get(name) is not None}
+    path, tables, limited = flags.get("run"), flags.get("tables"), {}
+    if flags.get("config") is not None:
+        config = hwnas.config.read_config(flags["config"])
+        given = {n: x for n in REQUEST if (x := getattr(config, n)) is not None} | given
+        path = path or (Path(config.run) if config.run else None)
+        tables = tables or (Path(config.tables) if config.tables else None)
+        limited = dict(config.limits)
+    if path is not None and (path / "config.yaml").exists():
+        given = hwnas.run.request_fields(hwnas.run.read_run(path), given)
+    request = hwnas.run.Request(**given, tables=tables_folder(tables), run=path)
+    with screen.progress() as progress:
+        yield hwnas.run.Job(request, progress), limited
+
+
+@contextmanager
+def opened_result(
+    run: Path | None, tables: Path | None, screen: Screen
+) -> Iterator[tuple["Job", "Run", Path]]:
+    """The job, run and newest result that the later stages work on, with the run held."""
+    if run is None:
+        found = hwnas.run.list_runs()
+        if not found:
+            raise InvalidInput("There is no run under ./runs.", next_step="run hwnas search")
+        run = found[0].path
+    where = hwnas.run.read_run(run)
+    screen.known["run"] = str(where.path)
+    with screen.progress() as progress, where.locked():
+        job = hwnas.run.Job(hwnas.run.request_of(where, tables_folder(tables)), progress)
+        yield job, where, where.best()
+
+
+def tables_folder(given: Path | None) -> Path:
+    """The folder of latency tables: as named, else $HWNAS_HOME/tables, else ./tables."""
+    home = os.environ.get("HWNAS_HOME")
+    return given or (Path(home) / "tables" if home else Path("tables"))
+
+
+def opened_limits(
+    job: "Job", limited: dict[str, float], fraction: float | None, screen: Screen
+) -> list["Limit"]:
+    """The limits asked for, the table measured where it is missing; what is known is told first."""
+    counted = {name: value for name, value in limited.items() if name != "latency_ms"}
+    known = job.limits(counted)  # refused at once where no table is needed to know better
+    plan = hwnas.run.plan(job)
+    if plan.missing or plan.networks:
+        _announce_loose(hwnas.run.FeasibleSet(job.space, known).feasibility().rows, screen)
+        low, high = plan.probe_ms
+        text = f"networks of this space take about {low:.3g} to {high:.3g} ms here"
+        asked = limited.get("latency_ms")
+        if asked is not None and fraction is None and asked > 1.2 * high:
+            screen.say(
+                f"Limit {asked:.4g} ms does not bind: {text}; try --latency-ms "
+                f"{(low + high) / 2:.2g}."
+            )
+        else:
+            screen.say(f"Before measuring: {text} (the smallest and the largest, timed once).")
+    announce_profile(job, plan, screen)
+    found = job.latency_range()
+    announce_noise(job, screen)
+    screen.feasible({"latency_ms": found.smallest}, {"latency_ms": found.largest})
+    if fraction is not None:
+        value = found.smallest + fraction * (found.largest - found.smallest)
+        limited = {**limited, "latency_ms": _rounded_up(value)}
+    return job.limits(limited)
+
+
+def _rounded_up(value: float, digits: int = 4) -> float:
+    """The value with a few significant digits, never less than it was."""
+    unit = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
+    return float(f"{math.ceil(value / unit) * unit:.{digits}g}")
+
+
+def announce_profile(job: "Job", plan: "Plan", screen: Screen) -> None:
+    """What will be measured, and about how long it takes; nothing where the table has all."""
+    if plan.missing or plan.networks:
+        screen.say(
+            f"Profiling {plan.missing} of {plan.rows} ops and {plan.networks} whole networks on "
+            f"{job.request.device}: about {max(plan.minutes, 0.1):.1f} minutes."
+        )
+
+
+def announce_noise(job: "Job", screen: Screen) -> None:
+    """Whether the table was measured on a machine too busy to trust it."""
+    unstable = sum(not job.table.lookup(op).stable for op in job.space.lattice.ops)
+    if unstable > len(job.space.lattice.ops) / 10:
+        screen.say(
+            f"{unstable} of {len(job.space.lattice.ops)} ops were measured with a wide spread: "
+            f"other processes were using the cores. Remove {job.table_path} and run this again on "
+            "a quiet machine for a tighter bound."
+        )
+
+
+def announce_feasibility(feasible: "FeasibleSet", screen: Screen) -> None:
+    """The feasibility table; first of all, where it is so, that a limit does not bind."""
+    number = hwnas.run.number
+    found = feasible.feasibility()
+    screen.feasible(*hwnas.run.feasible_range(feasible).values())
+    _announce_loose(found.rows, screen)
+    lines = [
+        [row.name, *map(number, (row.limit, row.smallest, row.median, row.largest)),
+         "yes" if row.binding else "no"]
+        for row in found.rows
+    ]  # fmt: skip
+    for line in columns(["cost", "limit", "smallest", "median", "largest", "binds"], lines):
+        screen.say(line)
+    screen.say(
+        f"{found.share:.3g} of the space's {feasible.space.count:.3g} networks meet every limit."
+    )
+
+
+def _announce_loose(rows: "Sequence[LimitedCost]", screen: Screen) -> None:
+    """The limits that do not bind, each with the reachable range and a limit that would."""
+    number = hwnas.run.number
+    for row in rows:
+        if not row.binding:
+            screen.say_once(
+                f"Limit {hwnas.run.limit_text(row.name, row.limit)} does not bind: this space "
+                f"reaches {number(row.smallest)} to {number(row.largest)}; try "
+                f"{hwnas.run.LIMITS[row.name]} {row.median:.2g}."
+            )
+
+
+def announce_recipe(job: "Job", where: "Run", limits: "Sequence[Limit]", screen: Screen) -> None:
+    """What is left to do, and about how long it takes here; nothing where nothing is left."""
+    if screen.quiet:
+        return
+    left = hwnas.run.estimate(job, where, limits)
+    work = [
+        f"{count} {what}"
+        for count, what in (
+            (left.steps, f"training steps of {left.step_ms:.3g} ms"),
+            (left.scored, "networks to score"),
+            (left.retrained, "finalists to retrain"),
+        )
+        if count
+    ]
+    if work:
+        screen.say(
+            f"Recipe {job.recipe.name}: {', '.join(work)}: about {max(left.minutes, 0.1):.1f} "
+            f"minutes. Data: {job.splits.describe()}."
+        )

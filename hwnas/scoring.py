@@ -1,0 +1,38 @@
+"""The shared weights of a run: trained as far as they are not, and scoring architectures."""
+
+import torch
+
+from hwnas.job import Job
+from hwnas.store import Run
+from hwnas.supernet.evaluator import Evaluator
+from hwnas.supernet.network import Supernet
+from hwnas.supernet.trainer import load_supernet, train_supernet
+
+
+def train(job: Job, run: Run) -> Supernet:
+    """The trained supernet; trained now as far as it is not."""
+    torch.manual_seed(job.request.seed)
+    supernet = Supernet(job.space, job.profiler.runtime)
+    steps = load_supernet(supernet, run.supernet)
+    if steps < job.recipe.supernet.steps:
+        run.log("train", steps=job.recipe.supernet.steps, start=steps)
+        train_supernet(
+            supernet,
+            job.splits,
+            job.method.sampler(job.space),
+            job.recipe.supernet,
+            seed=job.request.seed,
+            checkpoint=run.supernet,
+            progress=job.progress,
+        )
+    return supernet
+
+
+def evaluator(job: Job, supernet: Supernet) -> Evaluator:
+    """Scores architectures of a trained supernet."""
+    return Evaluator(
+        supernet,
+        job.splits,
+        recalibration_images=job.recipe.recalibration_images,
+        validation_images=job.recipe.validation_images,
+    )

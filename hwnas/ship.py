@@ -1,0 +1,226 @@
+"""From finalists to a certified file: retrain, export, measure, choose, prove."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from hwnas.costs.limits import Limit
+from hwnas.export import certificate as certificates
+from hwnas.export.onnx_file import Agreement, accuracy, agreement, write_onnx
+from hwnas.job import LATENCY, Job, measure
+from hwnas.loop import Finalist, limits_name, read_finalists
+from hwnas.retrain import accuracy as torch_accuracy
+from hwnas.retrain import load_weights, retrain, save_weights
+from hwnas.scoring import evaluator, train
+from hwnas.spaces.base import Architecture
+from hwnas.store import Run
+from hwnas.supernet.evaluator import Evaluator
+from latency_tables.files import write_atomically, write_text
+from latency_tables.ops import peak_activation_bytes, total
+from latency_tables.table import Host
+from profilers.measure import Measurement
+from profilers.modules import Network
+from quant.errors import HwnasError, InvalidInput, Unstable
+
+
+def retrain_finalists(job: Job, run: Run, result: Path) -> list[Network]:
+    """The finalists with trained weights of their own; trained now where they are not."""
+    networks: list[Network] = []
+    score: Evaluator | None = None
+    finalists = read_finalists(result)
+    for number, finalist in enumerate(finalists):
+        architecture = Architecture(finalist.genes)
+        weights = weights_of(result, number)
+        training = result / f"finalist-{number}.training.pt"
+        if weights.exists():
+            network = Network(job.space.lower(architecture), job.profiler.runtime)
+            load_weights(network, weights)
+        else:
+            score = score or evaluator(job, train(job, run))
+            network = score.supernet.extract(architecture, score.statistics(architecture))
+            retrain(
+                network,
+                job.splits,
+                job.recipe.retrain,
+                seed=job.request.seed,
+                checkpoint=training,
+                progress=job.progress,
+                label=f"retraining finalist {number + 1} of {len(finalists)}",
+            )
+            save_weights(network, weights)
+            training.unlink(missing_ok=True)
+            run.log("retrain", finalist=number, search_val=torch_accuracy(network, job.splits))
+        networks.append(network)
+    return networks
+
+
+def weights_of(result: Path, number: int) -> Path:
+    """Where a finalist's trained weights are kept."""
+    return result / f"finalist-{number}.pt"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A finalist's file, and what it does on SEARCH-VAL."""
+
+    number: int
+    path: Path
+    search_val: float
+    agreement: Agreement
+
+
+def export(job: Job, run: Run, result: Path) -> list[Candidate]:
+    """Write every finalist's ONNX file and hold it against its PyTorch network."""
+    candidates = []
+    for number, network in enumerate(retrain_finalists(job, run, result)):
+        path = result / f"finalist-{number}.onnx"
+        model = write_onnx(network, job.profiler, path)
+        images = job.splits.search_val
+        with job.profiler.prepare(model) as session:
+            agreed = agreement(network, session, images.first(1000))
+            right = accuracy(session, images)
+        if agreed.same_class < job.recipe.least_agreement:
+            raise HwnasError(
+                f"{path} answers as its PyTorch network on {agreed.same_class:.1%} of the images "
+                f"only, so it is not shipped.",
+                next_step="train longer: an untrained network's answers hang on rounding",
+            )
+        candidates.append(Candidate(number, path, right, agreed))
+    return candidates
+
+
+def verify(job: Job, run: Run, limits: Sequence[Limit]) -> dict[str, Any]:
+    """Measure every candidate in fresh processes, ship the most accurate one that is under every
+    limit, and write its certificate.
+    """
+    result = run.result(limits_name(limits))
+    candidates = export(job, run, result)
+    measured = measure(job, [candidate.path for candidate in candidates])
+    asked = {limit.cost.name: limit.value for limit in limits}
+    under = [
+        (candidate, m)
+        for candidate, m in zip(candidates, measured, strict=True)
+        if all(_limits_hold(asked, m, candidate.path).values())
+    ]
+    if not under:
+        least = min(m.median_us for m in measured) / 1000
+        raise Unstable(
+            f"All {len(candidates)} finalists measure over {limits_name(limits)} (the fastest "
+            f"{least:.6g} ms), though their predicted bounds are under it: the machine now runs "
+            "slower than when its table was measured.",
+            next_step="run the same command again, or profile again on a quiet machine",
+        )
+    shipped, measurement = max(under, key=lambda item: item[0].search_val)
+    finalist = read_finalists(result)[shipped.number]
+    for source, name in ((weights_of(result, shipped.number), "weights.pt"),
+                         (shipped.path, "model.onnx")):  # fmt: skip
+        write_atomically(result / name, partial(shutil.copyfile, source))
+    architecture = job.space.describe(Architecture(finalist.genes))
+    write_text(result / "architecture.json", json.dumps(architecture, indent=2) + "\n")
+    model = onnx.load(result / "model.onnx")
+    with job.profiler.prepare(model) as session, job.splits.final() as images:
+        test = accuracy(session, images)
+    content = _certificate(job, run, limits, finalist, shipped, measurement, test)
+    certificates.write_certificate(result / "certificate.json", content)
+    run.point_to(result)
+    run.log("verify", **content["measured"], test=test)
+    return content
+
+
+def remeasure(job: Job, result: Path) -> dict[str, Any]:
+    """Hold a certificate against its file once more: hash, latency in fresh processes, accuracy."""
+    content = certificates.read_certificate(result / "certificate.json")
+    file = result / "model.onnx"
+    if certificates.sha256(file) != content["hashes"]["model"]:
+        raise InvalidInput(
+            f"{file} is not the file that its certificate describes.",
+            next_step="remove the certificate, then run hwnas verify",
+        )
+    if difference := job.profiler.host().difference(Host(**content["host"])):
+        raise InvalidInput(
+            f"The certificate was made on another host ({difference}).",
+            next_step="profile and search on this one",
+        )
+    measured = measure(job, [file])[0]
+    with job.profiler.prepare(onnx.load(file)) as session, job.splits.final() as images:
+        test = accuracy(session, images)
+    return {
+        **content,
+        "measured": _measured(measured),
+        "holds": _limits_hold(content["limits"], measured, file),
+        "accuracy": {**content["accuracy"], "test": test},
+    }
+
+
+def _limits_hold(asked: dict[str, float], measured: Measurement, file: Path) -> dict[str, bool]:
+    """Which limits hold of what can be measured: the latency, and the bytes of the file. Counted
+    costs were exact before.
+    """
+    actual = {LATENCY: measured.median_us / 1000, "size_mb": file.stat().st_size / 1e6}
+    return {name: actual.get(name, 0.0) <= value for name, value in asked.items()}
+
+
+def _measured(m: Measurement) -> dict[str, Any]:
+    return {
+        "median_ms": m.median_us / 1000,
+        "p95_ms": m.p95_us / 1000,
+        "min_ms": m.min_us / 1000,
+        "spread": m.spread,
+        "runs": m.runs,
+        "stable": m.stable,
+    }
+
+
+def _certificate(
+    job: Job,
+    run: Run,
+    limits: Sequence[Limit],
+    finalist: Finalist,
+    shipped: Candidate,
+    measurement: Measurement,
+    test: float,
+) -> dict[str, Any]:
+    result = run.result(limits_name(limits))
+    ops = job.space.lower(Architecture(finalist.genes))
+    return {
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "limits": {limit.cost.name: limit.value for limit in limits},
+        "upper": finalist.upper,
+        "holds": _limits_hold({x.cost.name: x.value for x in limits}, measurement, shipped.path),
+        "predicted": {
+            "latency_ms": finalist.latency_ms,
+            "upper_latency_ms": finalist.upper_latency_ms,
+            "coverage": job.model.coverage,
+        },
+        "measured": _measured(measurement),
+        "protocol": job.recipe.protocol.to_dict(),
+        "accuracy": {
+            "search_val": shipped.search_val,
+            "search_val_shared_weights": finalist.search_val,
+            "test": test,
+        },
+        "agreement": asdict(shipped.agreement),
+        "architecture": job.space.describe(Architecture(finalist.genes)),
+        "counts": {
+            "params": total("params", ops),
+            "macs": total("macs", ops),
+            "bitops": total("bitops", ops),
+            "peak_activation_bytes": peak_activation_bytes(ops),
+            "size_bytes": (result / "model.onnx").stat().st_size,
+        },
+        "input": "float32 (batch, channels, height, width), image bytes / 255",
+        "hashes": {
+            "model": certificates.sha256(result / "model.onnx"),
+            "table": certificates.sha256(run.table),
+            "code": certificates.code_version(),
+        },
+        "host": asdict(job.profiler.host()),
+        "run": run.config.model_dump(),
+    }

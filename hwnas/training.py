@@ -1,0 +1,145 @@
+"""The training loop, for shared weights and for one network alike; it goes on where it stopped."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hwnas.batches import step_batch
+from hwnas.data import Images
+from hwnas.recipes import TrainingRecipe
+from hwnas.weights import damaged, load_state, save_state
+from profilers.measure import now_s
+from quant.errors import InvalidInput
+
+CHECKPOINT_STEPS = 100
+CHECKPOINT_S = 20.0
+"""A checkpoint is written after so many steps or seconds, whichever come first: what a stop loses.
+When it is written changes nothing in the result."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where training keeps its state, and of what it is: `identity` must be equal to go on."""
+
+    path: Path
+    identity: str
+    every_steps: int = CHECKPOINT_STEPS
+
+
+def optimiser_of(module: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
+    """AdamW over a module's parameters; weight decay is on weights alone, not on norms, biases and
+    ranges.
+    """
+    parameters = list(module.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, recipe: TrainingRecipe, step: int) -> None:
+    """The learning rate of a step."""
+    for group in optimiser.param_groups:
+        group["lr"] = recipe.learning_rate * (1 - step / recipe.steps)
+
+
+def loss(logits: Tensor, classes: Tensor, recipe: TrainingRecipe) -> Tensor:
+    """The loss to minimise."""
+    return functional.cross_entropy(logits, classes, label_smoothing=recipe.label_smoothing)
+
+
+def train_steps(
+    module: nn.Module,
+    images: Images,
+    recipe: TrainingRecipe,
+    logits: Callable[[int, Tensor], Tensor],
+    checkpoint: Checkpoint | None,
+    *,
+    seed: int,
+    progress: Progress,
+    label: str,
+) -> None:
+    """Train `module` for the recipe's steps; `logits(step, batch)` is its answer at a step.
+
+    Goes on from the checkpoint where it is there, to the same weights as without a stop. The
+    checkpoint of the last step stays. A tensor that a step does not use keeps its value: gradients
+    that are not there (rather than zero) keep momentum and weight decay away.
+    """
+    state = _restored(module, checkpoint) if checkpoint else {"step": 0}
+    start = int(state["step"])
+    optimiser = optimiser_of(module, recipe)  # now: Brevitas replaces parameters as it loads them
+    if checkpoint and start:
+        with _whole(checkpoint.path):
+            optimiser.load_state_dict(state["optimiser"])
+    module.train()
+    saved_s = now_s()
+    for step in range(start, recipe.steps):
+        batch, classes = step_batch(images, recipe.batch, seed=seed, step=step, flip=recipe.flip)
+        set_rate(optimiser, recipe, step)
+        optimiser.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss(logits(step, batch), classes, recipe))
+        torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
+        optimiser.step()
+        done = step + 1
+        if checkpoint and (
+            done == recipe.steps
+            or done % checkpoint.every_steps == 0
+            or now_s() - saved_s > CHECKPOINT_S
+        ):
+            _save(module, optimiser, checkpoint, done)
+            saved_s = now_s()
+        progress(label, done, recipe.steps)
+    module.eval()
+
+
+def restore(module: nn.Module, checkpoint: Checkpoint) -> int:
+    """Read a checkpoint's weights into a module; how many steps they were trained for, 0 where
+    there is none. Raises InvalidInput where the file is damaged or of something else.
+    """
+    return int(_restored(module, checkpoint)["step"])
+
+
+def _restored(module: nn.Module, checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint's state, with its weights read into a module; step 0 where there is none."""
+    if not checkpoint.path.exists():
+        return {"step": 0}
+    state = load_state(checkpoint.path)
+    with _whole(checkpoint.path):
+        if state["identity"] != checkpoint.identity:
+            raise InvalidInput(
+                f"{checkpoint.path} holds the weights of something else ({state['identity']}).",
+                accepted=f"a checkpoint of {checkpoint.identity}",
+                next_step="name the run that it belongs to, or another --run",
+            )
+        module.load_state_dict(state["weights"])
+        return {**state, "step": int(state["step"])}
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Turn what a state that is not whole leads to into one sentence for the user."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise damaged(path, error) from error
+
+
+def _save(
+    module: nn.Module, optimiser: torch.optim.Optimizer, checkpoint: Checkpoint, step: int
+) -> None:
+    state = {
+        "identity": checkpoint.identity,
+        "step": step,
+        "weights": module.state_dict(),
+        "optimiser": optimiser.state_dict(),
+    }
+    save_state(state, checkpoint.path)
