@@ -45,7 +45,7 @@ from hwnas.opening import (
     opened_result,
     tables_folder,
 )
-from hwnas.screen import Rows, Screen, columns, outcome, unread
+from hwnas.screen import Rows, Screen, columns, outcome, to_standard_output, unread
 from quant.errors import InvalidInput
 
 if TYPE_CHECKING:  # loaded when a command uses it (see hwnas/__init__.py): help must be quick
@@ -433,7 +433,10 @@ def run(arguments: list[str]) -> int:
     """One command; what it printed is out, and the answer is its exit code."""
     screen = Screen(as_json="--json" in arguments)
     try:
-        return int(app(arguments or ["--help"], prog_name="hwnas", standalone_mode=False) or 0)
+        with to_standard_output():
+            return int(app(arguments or ["--help"], prog_name="hwnas", standalone_mode=False) or 0)
+    except InvalidInput as error:
+        screen.fail(error)
     except _UsageError as error:
         context = getattr(error, "ctx", None)
         told = " ".join(error.format_message().split())

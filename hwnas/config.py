@@ -35,13 +35,13 @@ class Config(BaseModel):
 
     space: str | None = None
     data: str | None = None
-    image_size: Count | None = None
+    image_size: Annotated[int, Field(ge=4)] | None = None
     device: str | None = None
     threads: Count | None = None
     batch: Count | None = None
     method: str | None = None
     recipe: Any = None
-    seed: Annotated[int, Field(ge=0)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     limits: dict[str, Positive] = Field(default_factory=dict)
     tables: str | None = None
     run: str | None = None

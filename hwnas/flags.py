@@ -75,7 +75,12 @@ Recipe = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    typer.Option(help="The seed of everything random. (default: 0)", min=0, rich_help_panel=_WHAT),
+    typer.Option(
+        help="The seed of everything random. (default: 0)",
+        min=0,
+        max=2**63 - 1,
+        rich_help_panel=_WHAT,
+    ),
 ]
 ConfigFile = Annotated[
     Path | None,

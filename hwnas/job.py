@@ -311,8 +311,8 @@ def _calibrate(job: Job, table: LatencyTable, journal: Path) -> LatencyModel:
         chosen[sampler.sample(rng)] = None
     if len(chosen) < LEAST_NETWORKS:
         raise InvalidInput(
-            f"The space {job.space.name} has too few networks to calibrate on ({len(chosen)}).",
-            accepted=f"a space with at least {LEAST_NETWORKS}",
+            f"{len(chosen)} networks of {job.space.name} are too few to calibrate on.",
+            accepted=f"a space, and a recipe's calibration, of at least {LEAST_NETWORKS}",
         )
     chains = [job.space.lower(architecture) for architecture in chosen]
     with tempfile.TemporaryDirectory() as folder:

@@ -163,20 +163,37 @@ def _finalist(
 
 def read_finalists(result: Path) -> list[Finalist]:
     """The finalists of a result; raises InvalidInput where it has none yet."""
-    return [
-        Finalist(**{**item, "genes": tuple(item["genes"])})
-        for item in _search_outcome(result)["finalists"]
-    ]
+    content = _search_outcome(result)
+    try:
+        return [Finalist(**{**x, "genes": tuple(x["genes"])}) for x in content["finalists"]]
+    except (KeyError, TypeError) as error:
+        raise _damaged(result, error) from error
 
 
 def read_limits(job: Job, result: Path) -> list[Limit]:
     """The limits that a result was searched under."""
-    return job.limits(_search_outcome(result)["limits"])
+    content = _search_outcome(result)
+    try:
+        return job.limits(dict(content["limits"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(result, error) from error
 
 
 def _search_outcome(result: Path) -> dict[str, Any]:
     file = result / "finalists.json"
     if not file.exists():
         raise InvalidInput(f"{result} has no finalists yet.", next_step="run hwnas search")
-    content: dict[str, Any] = json.loads(file.read_text())
-    return content
+    try:
+        content = json.loads(file.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+        return content
+    except (OSError, ValueError) as error:
+        raise _damaged(result, error) from error
+
+
+def _damaged(result: Path, error: Exception) -> InvalidInput:
+    return InvalidInput(
+        f"{result / 'finalists.json'} is not whole: {error}.",
+        next_step="remove it; hwnas search then chooses the finalists again and trains them",
+    )

@@ -1,14 +1,23 @@
 """How much is trained, measured and searched: the numbers behind `--recipe`. Data alone."""
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from profilers.measure import Protocol
 from quant.errors import InvalidInput
 
-Count = Annotated[int, Field(gt=0)]
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("truth", "Input should be a number, not a truth value")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_no_truth), Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -28,7 +37,7 @@ class TrainingRecipe(Part):
     steps: Count
     batch: Count
     learning_rate: Positive
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
     label_smoothing: Share = 0.1
     clip_norm: Positive = 5.0
     flip: bool = False
@@ -143,16 +152,22 @@ def recipe(asked: str | Mapping[str, Any] | Recipe) -> Recipe:
     if not isinstance(name, str) or name not in RECIPES:
         raise InvalidInput(f"--recipe is {name!r}.", accepted=", ".join(RECIPES))
     try:
-        return Recipe.model_validate(_merged(RECIPES[name].model_dump(), fields))
+        found = Recipe.model_validate(_merged(RECIPES[name].model_dump(), fields))
     except ValidationError as error:
         raise InvalidInput(f"recipe.{first_error(error)}.") from error
+    for field, value in found.protocol.to_dict().items():
+        if not 0 < value < math.inf:
+            raise InvalidInput(
+                f"recipe.protocol.{field}: it is {value}.", accepted="a positive number"
+            )
+    return found
 
 
 def first_error(error: ValidationError) -> str:
     """The path of the first field at fault, and what is wrong with it."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"])) or "the file"
-    unknown = first["type"] == "extra_forbidden"
+    unknown = first["type"] in ("extra_forbidden", "unexpected_keyword_argument")
     return f"{where}: {'no such field' if unknown else first['msg']}"
 
 

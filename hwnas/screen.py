@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -24,7 +24,9 @@ Rows = Sequence[tuple[str, str]]
 """What a person reads: (what, value) lines."""
 
 INTERRUPTED = 130
-REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+REFUSED = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+)  # fmt: skip
 """The operating system's refusals that are no defect of ours, wherever they come from."""
 
 
@@ -65,10 +67,11 @@ class Screen:
             self.feasible(facts["feasible_min"], facts["feasible_max"])
         content = {"status": "ok", "exit_code": 0, **facts, **self.known}
         self.exit_code = content["exit_code"]
-        if self.as_json:
-            _print_json(content)
-        else:
-            print_rows(rows)
+        with to_standard_output():
+            if self.as_json:
+                _print_json(content)
+            else:
+                print_rows(rows)
 
     def fail(self, error: HwnasError) -> None:
         """Why the command did not do what was asked."""
@@ -99,7 +102,8 @@ class Screen:
     def _failed(self, status: str, code: int, error: dict[str, str]) -> None:
         self.exit_code = code
         if self.as_json:
-            _print_json({**self.known, "status": status, "exit_code": code, "error": error})
+            with suppress(InvalidInput), to_standard_output():
+                _print_json({**self.known, "status": status, "exit_code": code, "error": error})
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int], None]]:
@@ -145,25 +149,44 @@ def outcome(*, as_json: bool, quiet: bool = False, verbose: bool = False) -> Ite
     except BrokenPipeError:  # whoever read our output has left: no failure, and nobody to tell
         raise
     except OSError as error:
-        if error.errno in REFUSED:
-            where = error.filename or "A file"
-            screen.fail(
-                InvalidInput(
-                    f"{where} cannot be written: {error.strerror}.",
-                    next_step="free some space or name another place; nothing that was there is "
-                    "lost, and the same command goes on",
-                )
-            )
-        else:
-            screen.crashed(error)
+        refused = refusal(error)
+        screen.fail(refused) if refused else screen.crashed(error)
     except Exception as error:
         screen.crashed(error)
     finally:
         log.removeHandler(handler)
 
 
+def refusal(error: OSError) -> InvalidInput | None:
+    """The system's refusal as a sentence; None where it is none, but a defect of ours."""
+    reason = error.strerror or str(error)
+    if error.errno not in REFUSED and "usable temporary directory" not in reason:
+        return None
+    told = "read or written" if error.errno in (errno.EACCES, errno.EPERM) else "written"
+    return InvalidInput(
+        f"{error.filename or 'A file'} cannot be {told}: {reason}.",
+        next_step="free some space or name another place; nothing that was there is lost, and the "
+        "same command goes on",
+    )
+
+
+@contextmanager
+def to_standard_output() -> Iterator[None]:
+    """Raise InvalidInput where standard output cannot be written; nothing more goes there then."""
+    try:
+        yield
+    except BrokenPipeError:  # no failure: see `outcome`
+        raise
+    except OSError as error:
+        unread(sys.stdout)
+        raise InvalidInput(
+            f"Standard output cannot be written: {error.strerror}.",
+            next_step="free some space; the same command prints its result again",
+        ) from error
+
+
 def unread(stream: TextIO) -> None:
-    """Let what is still written to a stream go nowhere, once its pipe is closed."""
+    """Let what is still written to a stream go nowhere: its reader left, or the disk is full."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
@@ -171,10 +194,11 @@ def unread(stream: TextIO) -> None:
 
 def print_rows(rows: Rows) -> None:
     """(what, value) lines on standard output, the values in one column."""
-    width = max((len(what) for what, _ in rows), default=0)
+    longest = max((len(what) for what, _ in rows), default=0)
+    width = longest + 2 if longest else 0
     out = Console(highlight=False, markup=False, soft_wrap=True)
     for what, value in rows:
-        out.print(Text(what.ljust(width + 2), style="bold"), value, sep="")
+        out.print(Text(what.ljust(width), style="bold"), value, sep="")
 
 
 def columns(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:

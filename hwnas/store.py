@@ -50,10 +50,10 @@ class RunConfig(BaseModel):
 
     def difference(self, other: "RunConfig") -> str:
         """The first field in which two runs differ, with both values; empty if none does."""
-        theirs = _flat(other.model_dump())
-        for name, value in _flat(self.model_dump()).items():
-            if value != theirs.get(name):
-                return f"{name}: {value} against {theirs.get(name)}"
+        mine, theirs = _flat(self.model_dump()), _flat(other.model_dump())
+        for name in mine | theirs:
+            if mine.get(name) != theirs.get(name):
+                return f"{name}: {mine.get(name)} against {theirs.get(name)}"
         return ""
 
 

@@ -74,7 +74,7 @@ def train_steps(
     checkpoint of the last step stays. A tensor that a step does not use keeps its value: gradients
     that are not there (rather than zero) keep momentum and weight decay away.
     """
-    state = _restored(module, checkpoint) if checkpoint else {"step": 0}
+    state: dict[str, Any] = _restored(module, checkpoint) if checkpoint else {"step": 0}
     start = int(state["step"])
     optimiser = optimiser_of(module, recipe)  # now: Brevitas replaces parameters as it loads them
     if checkpoint and start:

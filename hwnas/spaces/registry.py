@@ -32,13 +32,14 @@ def load_space(name: str, *, classes: int, image_channels: int, size: int) -> Se
     try:
         space = factory(classes=classes, image_channels=image_channels, size=size)
         starts = space.input == Tensor(image_channels, size, size)
-        ends = {step.op.output.channels for step in space.lattice.levels[-1].steps if step.op}
+        ends = {step.op.output.elements for step in space.lattice.levels[-1].steps if step.op}
     except InvalidInput:
         raise
     except Exception as error:  # whatever a user's own function raises
         raise InvalidInput(
             f"--space {name} cannot be built for {size} x {size} images of {image_channels} "
-            f"channels and {classes} classes: {type(error).__name__}: {error}.",
+            f"channels and {classes} classes: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}.",
             next_step="call the function in Python to see where, or name another --image-size",
         ) from error
     if not starts or ends != {classes}:
@@ -46,7 +47,7 @@ def load_space(name: str, *, classes: int, image_channels: int, size: int) -> Se
             f"--space {name} does not lead from {image_channels} x {size} x {size} images to "
             f"{classes} classes.",
             accepted="a SearchSpace whose input is Tensor(image_channels, size, size) and whose "
-            "last op has as many channels as there are classes",
+            "last op puts out one value a class",
         )
     return space
 
@@ -72,7 +73,9 @@ def _own(name: str) -> SpaceFactory:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise InvalidInput(f"{place} cannot be loaded: {type(error).__name__}: {error}.") from error
+        raise InvalidInput(
+            f"{place} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}."
+        ) from error
     factory: SpaceFactory | None = getattr(module, attribute, None)
     if not callable(factory):
         raise InvalidInput(f"{place} has no {attribute!r}.", accepted="a function in that file")

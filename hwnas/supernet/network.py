@@ -125,8 +125,10 @@ class Supernet(nn.Module):
             ]
             if not any(level.any() for level in unset):
                 return
+            path = self.space.heaviest(unset)
+            if not any(level[e] for level, e in zip(unset, self.space.edges(path), strict=True)):
+                return  # what is left stands on no whole network
             with torch.no_grad():
-                path = self.space.heaviest(unset)
                 self._run(images, path, None, None, initialise=True)
 
     def _run(

@@ -1,76 +1,52 @@
-"""The numbers behind a recipe, and the optimiser against hand-written steps."""
+"""The numbers behind a recipe: the named ones, what can be changed, and every way to be wrong."""
 
-import numpy as np
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
 import pytest
-import torch
-from torch import nn
+import yaml
+from pydantic import ValidationError
 
-from hwnas.recipes import RECIPES, TrainingRecipe, recipe
+import hwnas
+from hwnas.recipes import (
+    RECIPES,
+    CalibrationRecipe,
+    Recipe,
+    TrainingRecipe,
+    first_error,
+    recipe,
+)
+from profilers.measure import Protocol
 from quant.errors import InvalidInput
 
-TRAINING = TrainingRecipe(steps=8, batch=4, learning_rate=0.01, weight_decay=0.5)
+DOCUMENT = Path(hwnas.__file__).parents[1] / "docs" / "commands.md"
 
 
-class Mixed(nn.Module):
-    """One of each kind of parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.norm = nn.BatchNorm2d(4)
-        self.linear = nn.Linear(4, 5)
-        self.limit = nn.Parameter(torch.tensor(2.0))
+def flat(fields: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        inner = isinstance(value, Mapping)
+        found |= flat(value, f"{above}{name}.") if inner else {f"{above}{name}": value}
+    return found
 
 
-def test_the_optimiser_holds_every_parameter_once() -> None:
-    torch.manual_seed(0)
-    module = Mixed()
-    groups = TRAINING.optimiser(module).param_groups
-    held = [id(p) for group in groups for p in group["params"]]
-    assert sorted(held) == sorted(id(p) for p in module.parameters())
+def different(left: Recipe, right: Recipe) -> dict[str, Any]:
+    """The fields in which two recipes differ, with the right one's value."""
+    mine, theirs = flat(left.model_dump()), flat(right.model_dump())
+    assert mine.keys() == theirs.keys()
+    return {name: theirs[name] for name in mine if mine[name] != theirs[name]}
 
 
-def test_decay_shrinks_weights_alone() -> None:
-    """With gradients of zero only decoupled weight decay is left: w (1 - rate * decay)."""
-    torch.manual_seed(0)
-    module = Mixed()
-    before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    optimiser = TRAINING.optimiser(module)
-    TRAINING.set_rate(optimiser, 4)
-    for parameter in module.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimiser.step()
-    rate = 0.01 * (1 - 4 / 8)
-    for name, parameter in module.named_parameters():
-        shrunk = name in ("conv.weight", "linear.weight")
-        factor = 1 - rate * 0.5 if shrunk else 1.0
-        torch.testing.assert_close(parameter.detach(), before[name] * factor, rtol=1e-6, atol=0)
-
-
-def test_the_rate_falls_on_a_line_from_the_full_rate_to_one_step_above_zero() -> None:
-    optimiser = TRAINING.optimiser(nn.Linear(2, 2))
-    rates = []
-    for step in range(TRAINING.steps):
-        TRAINING.set_rate(optimiser, step)
-        assert len({group["lr"] for group in optimiser.param_groups}) == 1
-        rates.append(optimiser.param_groups[0]["lr"])
-    np.testing.assert_allclose(rates, np.linspace(0.01, 0.01 / 8, 8))
-
-
-def test_the_loss_is_the_smoothed_cross_entropy_by_hand() -> None:
-    rng = np.random.default_rng(0)
-    logits, classes = rng.normal(size=(6, 5)), rng.integers(0, 5, 6)
-    log_shares = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    target = np.full((6, 5), 0.1 / 5)
-    target[np.arange(6), classes] += 0.9
-    found = TRAINING.loss(torch.from_numpy(logits), torch.from_numpy(classes))
-    assert float(found) == pytest.approx(-(target * log_shares).sum(1).mean())
+# ---- the named recipes
 
 
 def test_every_recipe_is_found_by_its_name_and_makes_sense() -> None:
-    assert set(RECIPES) == {"quick", "smoke"}
+    assert list(RECIPES) == ["quick", "standard", "thorough", "smoke"]
     for name, found in RECIPES.items():
-        assert recipe(name) is found
+        assert recipe(name) == found
         assert found.name == name
         assert found.evaluations >= found.population >= found.finalists >= 1
         assert found.evaluations % found.population == 0
@@ -81,11 +57,213 @@ def test_every_recipe_is_found_by_its_name_and_makes_sense() -> None:
         assert calibration.networks == calibration.fit + calibration.bound + calibration.test
         # the split-conformal bound of 95 % needs at least 19 networks
         assert calibration.bound >= 19
+    for name in ("quick", "standard", "thorough"):
+        # that of 99 % needs 99
+        assert RECIPES[name].calibration.bound >= 99
 
 
-@pytest.mark.parametrize("name", ["", "Quick", "slow"])
-def test_an_unknown_recipe_is_refused_with_the_names(name: str) -> None:
+def test_each_recipe_does_more_than_the_one_before() -> None:
+    for less, more in (("smoke", "quick"), ("quick", "standard"), ("standard", "thorough")):
+        left, right = RECIPES[less], RECIPES[more]
+        for part in ("supernet", "retrain"):
+            images = [getattr(r, part).steps * getattr(r, part).batch for r in (left, right)]
+            assert images[0] * 2 < images[1]
+        assert left.evaluations < right.evaluations
+        assert left.finalists <= right.finalists
+
+
+def test_the_document_tells_the_numbers_of_every_recipe() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([\d,]+) steps of (\d+) \| ([\d,]+) "
+        r"\| (\d+) x ([\d,]+) steps(?: of (\d+))?",
+        DOCUMENT.read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    assert [name for name, *_ in rows] == list(RECIPES)
+    for name, *told in rows:
+        found = RECIPES[name]
+        steps, batch, scored, finalists, retrained, *rest = (
+            int(number.replace(",", "")) for number in told if number
+        )
+        assert (steps, batch) == (found.supernet.steps, found.supernet.batch)
+        assert (scored, finalists) == (found.evaluations, found.finalists)
+        assert retrained == found.retrain.steps
+        assert rest in ([], [found.retrain.batch])
+
+
+def test_recipes_are_data_without_torch(in_process: Callable[[str, str], str]) -> None:
+    script = "import sys, hwnas.recipes; print('torch' in sys.modules, 'onnx' in sys.modules)"
+    assert in_process(script, "0") == "False False"
+
+
+def test_a_recipe_cannot_be_changed_in_place() -> None:
+    found = RECIPES["quick"]
+    for part, field in (
+        (found, "finalists"),
+        (found.supernet, "steps"),
+        (found.protocol, "rounds"),
+    ):
+        with pytest.raises((ValidationError, AttributeError)):
+            setattr(part, field, 1)
+    assert recipe("quick") == found
+
+
+# ---- changed fields
+
+
+def test_a_name_alone_is_the_plain_recipe_however_it_is_written() -> None:
+    for name, plain in RECIPES.items():
+        assert recipe({"name": name}) == plain
+        assert recipe(plain) is plain
+        assert recipe(plain.model_dump()) == plain
+        assert recipe(yaml.safe_load(yaml.safe_dump(plain.model_dump()))) == plain
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"finalists": 1}, {"finalists": 1}),
+        ({"supernet": {"steps": 20000}}, {"supernet.steps": 20000}),
+        ({"retrain": {"flip": True}}, {"retrain.flip": True}),
+        ({"protocol": {"rounds": 3}}, {"protocol.rounds": 3}),
+        ({"calibration": {"test": 7}}, {"calibration.test": 7}),
+        (
+            {"supernet": {"learning_rate": 1, "batch": 8}, "retrain": {"batch": 9}},
+            {"supernet.learning_rate": 1.0, "supernet.batch": 8, "retrain.batch": 9},
+        ),
+        ({"supernet": {"weight_decay": 0}, "least_agreement": 0},
+         {"supernet.weight_decay": 0.0, "least_agreement": 0.0}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["quick", "standard"])
+def test_what_is_given_changes_and_nothing_else(
+    name: str, change: dict[str, Any], told: dict[str, Any]
+) -> None:
+    plain = RECIPES[name].model_copy(deep=True)
+    found = recipe({"name": name, **change})
+    assert different(RECIPES[name], found) == told
+    assert RECIPES[name] == plain
+    assert isinstance(found.supernet, TrainingRecipe)
+    assert isinstance(found.calibration, CalibrationRecipe)
+    assert isinstance(found.protocol, Protocol)
+    assert recipe(found.model_dump()) == found
+
+
+def test_a_changed_recipe_is_another_one() -> None:
+    changed = recipe({"name": "quick", "supernet": {"steps": 1601}})
+    assert changed.name == "quick"
+    assert changed != RECIPES["quick"]
+    assert changed.model_dump() != RECIPES["quick"].model_dump()
+
+
+# ---- wrong fields
+
+
+@pytest.mark.parametrize("name", ["", "Quick", "slow", 5, ["quick"], True])
+def test_an_unknown_recipe_is_refused_with_the_names(name: Any) -> None:
+    for asked in (name, {"name": name}) if isinstance(name, str) else ({"name": name},):
+        with pytest.raises(InvalidInput) as caught:
+            recipe(asked)
+        assert caught.value.what == f"--recipe is {name!r}."
+        assert caught.value.accepted == "quick, standard, thorough, smoke"
+
+
+@pytest.mark.parametrize("asked", [{}, {"supernet": {"steps": 3}}, {"name": None}])
+def test_fields_without_the_recipe_that_they_change_are_refused(asked: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput, match=r"^recipe\.name: it is missing\.") as caught:
+        recipe(asked)
+    assert caught.value.accepted == "quick, standard, thorough, smoke"
+
+
+COUNTS = ("evaluations", "recalibration_images", "validation_images", "finalists", "processes")
+TRAINING = [(f"{part}.{field}", value)
+            for part in ("supernet", "retrain")
+            for field, values in {
+                "steps": (0, -1, 1.5, "many", None, [1], math.nan),
+                "batch": (0, -1, 2.5, None),
+                "learning_rate": (0, -0.1, math.nan, math.inf, "fast"),
+                "weight_decay": (-1e-9, math.nan, "none"),
+                "label_smoothing": (-0.1, 1, 1.5, math.nan),
+                "clip_norm": (0, -1, math.inf, math.nan),
+                "flip": ("sideways", 2, None),
+                "step": (3,),
+                "": (5, None, "many", [1]),
+            }.items()
+            for value in values]  # fmt: skip
+OTHERS = [
+    *((field, value) for field in COUNTS for value in (0, -1, 1.5, "many", None)),
+    *(("population", value) for value in (1, 0, -2, 2.5)),
+    *(("least_agreement", value) for value in (-0.1, 1.1, math.nan, "most")),
+    *((f"calibration.{name}", v) for name in ("fit", "bound", "test") for v in (0, -1, None)),
+    ("calibration", 100),
+    ("calibration.fits", 3),
+    ("protocol.rounds", "many"),
+    ("protocol.block_ms", "long"),
+    ("protocol", 5),
+    ("steps", 3),
+    ("Supernet", {"steps": 3}),
+]
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    first, _, rest = path.rstrip(".").partition(".")
+    return {first: nested(rest, value) if rest else value}
+
+
+@pytest.mark.parametrize(("path", "value"), TRAINING + OTHERS)
+def test_a_wrong_field_is_refused_with_its_path(path: str, value: Any) -> None:
     with pytest.raises(InvalidInput) as caught:
-        recipe(name)
-    assert caught.value.what == f"--recipe is {name!r}."
-    assert caught.value.accepted == "quick, smoke"
+        recipe({"name": "quick", **nested(path, value)})
+    told = str(caught.value)
+    assert told.startswith(f"recipe.{path.rstrip('.')}: ")
+    assert told.endswith(".")
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "supernet.step",
+        "stepz",
+        "calibration.fits",
+        "protocol.round",
+    ],
+)
+def test_a_field_that_is_not_known_is_told_so(path: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        recipe({"name": "quick", **nested(path, 3)})
+    assert str(caught.value) == f"recipe.{path}: no such field."
+
+
+def test_a_key_that_is_no_text_is_refused() -> None:
+    for change in ({5: 1}, {"supernet": {5: 1}}):
+        with pytest.raises(InvalidInput, match=r"^recipe\.(supernet\.)?5: "):
+            recipe({"name": "quick", **change})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rounds", 0), ("rounds", -3), ("min_runs", 0), ("max_runs", 0), ("block_ms", math.nan),
+     ("warmup_ms", -1.0), ("warmup_ms", math.inf), ("max_spread", -1.0)],
+)  # fmt: skip
+def test_a_protocol_that_measures_nothing_is_refused(field: str, value: float) -> None:
+    with pytest.raises(InvalidInput, match=rf"^recipe\.protocol\.{field}: "):
+        recipe({"name": "quick", "protocol": {field: value}})
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("supernet.steps", True), ("supernet.weight_decay", math.inf), ("finalists", True)],
+)
+def test_a_number_that_is_none_is_refused(path: str, value: Any) -> None:
+    with pytest.raises(InvalidInput, match=rf"^recipe\.{path}: "):
+        recipe({"name": "quick", **nested(path, value)})
+
+
+def test_the_first_of_several_errors_is_told() -> None:
+    with pytest.raises(ValidationError) as caught:
+        TrainingRecipe.model_validate({"steps": 0, "batch": 0, "learning_rate": 0.1})
+    assert first_error(caught.value) == "steps: Input should be greater than 0"
+    with pytest.raises(ValidationError) as caught:
+        TrainingRecipe.model_validate([1])
+    assert first_error(caught.value).startswith("the file: ")

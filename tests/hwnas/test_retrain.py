@@ -1,7 +1,8 @@
 """Training one network: it learns, its norms are the data's, its files come back exactly."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import hwnas.retrain
+import hwnas.training
 from hwnas.batches import in_order
 from hwnas.data import Images, Splits, digits
 from hwnas.recipes import TrainingRecipe
@@ -17,6 +20,7 @@ from hwnas.spaces.base import SearchSpace
 from hwnas.spaces.mobile import Stage, mobile
 from hwnas.supernet.network import Supernet
 from profilers.modules import Network
+from quant.errors import InvalidInput
 
 RECIPE = TrainingRecipe(steps=80, batch=32, learning_rate=0.04)
 PRECISIONS = ("fp32", "w8a8")
@@ -50,6 +54,14 @@ def extracted(precision: str, data: Splits, seed: int = 0) -> Network:
     return supernet.extract(architecture, supernet.recalibrate(architecture, batches))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def quiet(label: str, done: int, steps: int) -> None:
     """Progress to nobody."""
 
@@ -79,13 +91,16 @@ class Training:
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)
-def training(request: pytest.FixtureRequest, data: Splits) -> Training:
+def training(
+    request: pytest.FixtureRequest, data: Splits, tmp_path_factory: pytest.TempPathFactory
+) -> Training:
     network = extracted(request.param, data)
     before = mean_loss(network, data.search_val), accuracy(network, data)
     told: list[tuple[int, int]] = []
     retrain(
-        network, data, RECIPE, seed=0, progress=lambda _, done, steps: told.append((done, steps))
-    )
+        network, data, RECIPE, seed=0, checkpoint=tmp_path_factory.mktemp("training") / "t.pt",
+        progress=lambda _, done, steps: told.append((done, steps)),
+    )  # fmt: skip
     after = mean_loss(network, data.search_val), accuracy(network, data)
     return Training(network, before, after, told)
 
@@ -119,7 +134,7 @@ def test_some_tens_of_steps_on_digits_lower_the_loss_and_raise_the_accuracy(
     assert not training.network.training
 
 
-def test_retraining_depends_on_its_seed_alone() -> None:
+def test_retraining_depends_on_its_seed_alone(tmp_path: Path) -> None:
     data = tiny()
     recipe = TrainingRecipe(steps=4, batch=8, learning_rate=0.01)
     for precision in PRECISIONS:
@@ -127,14 +142,15 @@ def test_retraining_depends_on_its_seed_alone() -> None:
         for seed, noise in ((0, 1), (0, 2), (1, 1)):
             network = extracted(precision, data)
             torch.manual_seed(noise)
-            retrain(network, data, recipe, seed=seed, progress=quiet)
+            checkpoint = tmp_path / f"{precision} {seed} {noise}.pt"
+            retrain(network, data, recipe, seed=seed, checkpoint=checkpoint, progress=quiet)
             states.append(network.state_dict())
         first, again, other = states
         assert all(torch.equal(first[name], again[name]) for name in first)
         assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-def test_an_extracted_network_starts_where_the_shared_weights_were() -> None:
+def test_an_extracted_network_starts_where_the_shared_weights_were(tmp_path: Path) -> None:
     """No step at all: what retraining starts from is the supernet's own answer."""
     data = tiny()
     space = space_of("w8a8", data.classes, data.size)
@@ -148,12 +164,147 @@ def test_an_extracted_network_starts_where_the_shared_weights_were() -> None:
     with torch.no_grad():
         assert torch.equal(network(x), supernet(x, architecture, statistics))
         shared = supernet(x, architecture, statistics)
-    retrain(
-        network, data, TrainingRecipe(steps=3, batch=8, learning_rate=0.01), seed=0, progress=quiet
-    )
+    recipe = TrainingRecipe(steps=3, batch=8, learning_rate=0.01)
+    retrain(network, data, recipe, seed=0, checkpoint=tmp_path / "t.pt", progress=quiet)
     with torch.no_grad():
         assert not torch.equal(network(x), shared)
         assert torch.equal(supernet(x, architecture, statistics), shared)
+
+
+# ---- it goes on where it stopped
+
+
+def retrained(
+    precision: str,
+    path: Path | None,
+    *,
+    start_seed: int = 0,
+    stop: int | None = None,
+    told: list[tuple[str, int, int]] | None = None,
+) -> Network:
+    """Six steps in checkpoints of every second; interrupted after `stop` of them."""
+
+    def progress(label: str, done: int, steps: int) -> None:
+        if told is not None:
+            told.append((label, done, steps))
+        if done == stop:
+            raise KeyboardInterrupt
+
+    network = extracted(precision, tiny(), start_seed)
+    recipe = TrainingRecipe(steps=6, batch=8, learning_rate=0.02)
+    retrain(
+        network, tiny(), recipe, seed=0, checkpoint=path, progress=progress,
+        label="retraining finalist 1",
+    )  # fmt: skip
+    return network
+
+
+def assert_same(network: Network, other: Network) -> None:
+    """To the last bit: parameters, running statistics, and what is written as a graph."""
+    mine, theirs = network.state_dict(), other.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert torch.equal(value, theirs[name]), name
+    x, _ = next(in_order(tiny().search_val, 8))
+    with torch.no_grad():
+        assert torch.equal(network(x), other(x))
+
+
+@pytest.fixture
+def _every_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        hwnas.retrain, "Checkpoint", partial(hwnas.training.Checkpoint, every_steps=2)
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Network]:
+    """Retrained without a stop, once for each precision."""
+    made: dict[str, Network] = {}
+
+    def build(precision: str) -> Network:
+        if precision not in made:
+            made[precision] = retrained(precision, tmp_path_factory.mktemp("whole") / "t.pt")
+        return made[precision]
+
+    return build
+
+
+@pytest.mark.usefixtures("_every_second")
+@pytest.mark.parametrize(
+    ("precision", "stop"), [("fp32", 3), *(("w8a8", stop) for stop in (1, 2, 3, 5, 6))]
+)
+def test_retraining_that_was_stopped_ends_bit_identical(
+    precision: str, stop: int, whole: Callable[[str], Network], tmp_path: Path
+) -> None:
+    """Resumed in a network of other weights where there is a checkpoint to go on from."""
+    path = tmp_path / "t.pt"
+    with pytest.raises(KeyboardInterrupt):
+        retrained(precision, path, stop=stop)
+    assert path.exists() == (stop >= 2)
+    told: list[tuple[str, int, int]] = []
+    resumed = retrained(precision, path, start_seed=5 if path.exists() else 0, told=told)
+    assert_same(resumed, whole(precision))
+    assert not resumed.training
+    first = stop - stop % 2 + 1
+    assert told == [("retraining finalist 1", done, 6) for done in range(first, 7)]
+
+
+@pytest.mark.usefixtures("_every_second")
+def test_stopped_while_its_norms_are_set_it_ends_bit_identical(
+    whole: Callable[[str], Network], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Training is over then; what has changed in the network is not in any file."""
+    with monkeypatch.context() as context:
+        context.setattr(
+            hwnas.retrain, "in_order", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            retrained("w8a8", tmp_path / "t.pt")
+    assert_same(retrained("w8a8", tmp_path / "t.pt", start_seed=5), whole("w8a8"))
+
+
+def test_without_a_checkpoint_it_ends_the_same(whole: Callable[[str], Network]) -> None:
+    for precision in PRECISIONS:
+        assert_same(retrained(precision, None), whole(precision))
+
+
+def test_two_retrainings_can_differ(whole: Callable[[str], Network], tmp_path: Path) -> None:
+    """The comparison can fail: other weights to start from end elsewhere."""
+    with pytest.raises(AssertionError):
+        assert_same(retrained("w8a8", tmp_path / "t.pt", start_seed=5), whole("w8a8"))
+
+
+def test_when_checkpoints_are_written_changes_nothing(
+    whole: Callable[[str], Network], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hwnas.training, "CHECKPOINT_S", 0)
+    assert_same(retrained("w8a8", tmp_path / "t.pt"), whole("w8a8"))
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    """Of the same shapes even: one that is not quantised."""
+    path = tmp_path / "t.pt"
+    retrained("fp32", path)
+    before = path.read_bytes()
+    with pytest.raises(InvalidInput) as caught:
+        retrained("w8a8", path)
+    assert caught.value.what.startswith(f"{path} holds the weights of something else (the network ")
+    assert caught.value.accepted.startswith("a checkpoint of the network ")
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.pt"
+    retrained("w8a8", path)
+    whole = path.read_bytes()
+    for share in (0.0, 0.5, 0.99):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(InvalidInput) as caught:
+            retrained("w8a8", path)
+        assert caught.value.what.startswith(f"{path} is not a whole checkpoint (")
+        assert "remove it" in caught.value.next_step
 
 
 # ---- norms
@@ -293,3 +444,18 @@ def test_a_graph_of_restored_weights_is_that_of_the_trained_network(
                 vars(weights).values(), vars(theirs.weights[index]).values(), strict=True
             ):
                 np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04"])
+def test_a_file_that_holds_no_weights_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    path.write_bytes(content)
+    with pytest.raises(InvalidInput, match="is not a whole checkpoint"):
+        load_weights(extracted("fp32", tiny()), path)
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    save_weights(extracted("fp32", tiny()), tmp_path / "weights.pt")
+    with pytest.raises(InvalidInput, match="is not a whole checkpoint"):
+        load_weights(Network(space_of("w8a8").lower(next(space_of("w8a8").enumerate()))),
+                     tmp_path / "weights.pt")  # fmt: skip

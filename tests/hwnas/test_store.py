@@ -1,18 +1,20 @@
-"""Run directories, their lock, their log, and the search history."""
+"""Run directories: what they are of, how they are found, named, made and locked."""
 
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from hwnas.store import History, Proposal, Run, RunConfig, open_run, read_run
+from hwnas.recipes import recipe
+from hwnas.store import Run, RunConfig, list_runs, open_run, read_run
 from quant.errors import InvalidInput
 
 CONFIG = RunConfig(
@@ -20,11 +22,12 @@ CONFIG = RunConfig(
     space_fingerprint="00ff",
     data="fashion-mnist:/some/where",
     data_fingerprint="11ee",
+    image_size=32,
     device="cpu",
     threads=1,
     batch=1,
     method="spos",
-    recipe="quick",
+    recipe=recipe("quick").model_dump(),
     seed=0,
 )
 CHANGES = {
@@ -32,13 +35,20 @@ CHANGES = {
     "space_fingerprint": "22",
     "data": "digits",
     "data_fingerprint": "33",
+    "image_size": 64,
     "device": "gpu",
     "threads": 2,
     "batch": 8,
     "method": "fairnas",
-    "recipe": "smoke",
+    "recipe": recipe({"name": "quick", "supernet": {"steps": 20000}}).model_dump(),
     "seed": 1,
 }
+TOLD = {
+    field: f"{field}: {getattr(CONFIG, field)} against {value}"
+    for field, value in CHANGES.items()
+    if field != "recipe"
+} | {"recipe": "recipe.supernet.steps: 1600 against 20000"}
+"""What is told of each difference; nested fields have their path."""
 
 
 def changed(field: str) -> RunConfig:
@@ -51,9 +61,51 @@ def changed(field: str) -> RunConfig:
 def test_every_field_belongs_to_the_identity_and_is_named_with_both_values() -> None:
     assert set(CHANGES) == set(RunConfig.model_fields)
     assert CONFIG.difference(CONFIG) == ""
-    for field, value in CHANGES.items():
-        told = CONFIG.difference(changed(field))
-        assert told == f"{field}: {getattr(CONFIG, field)} against {value}"
+    for field, told in TOLD.items():
+        assert CONFIG.difference(changed(field)) == told
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"finalists": 9}, "recipe.finalists: 3 against 9"),
+        ({"retrain": {"flip": True}}, "recipe.retrain.flip: False against True"),
+        ({"protocol": {"rounds": 4}}, "recipe.protocol.rounds: 5 against 4"),
+        ({"calibration": {"bound": 19}}, "recipe.calibration.bound: 99 against 19"),
+        (
+            {"supernet": {"batch": 8}, "finalists": 9},
+            "recipe.supernet.batch: 32 against 8",
+        ),
+    ],
+)
+def test_a_difference_inside_the_recipe_is_told_with_its_path(
+    change: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    fields = recipe({"name": "quick", **change}).model_dump()
+    other = CONFIG.model_copy(update={"recipe": fields})
+    assert CONFIG.difference(other) == told
+    open_run(other, tmp_path / "run")
+    with pytest.raises(InvalidInput) as caught:
+        open_run(CONFIG, tmp_path / "run")
+    assert caught.value.what == f"The flags contradict {tmp_path / 'run'} ({told})."
+
+
+def without(fields: dict[str, Any], *path: str) -> dict[str, Any]:
+    first, *rest = path
+    if not rest:
+        return {name: value for name, value in fields.items() if name != first}
+    return {**fields, first: without(fields[first], *rest)}
+
+
+def test_a_field_that_one_recipe_lacks_is_a_difference() -> None:
+    """As in a run of a version with another recipe."""
+    less = CONFIG.model_copy(update={"recipe": without(CONFIG.recipe, "supernet", "flip")})
+    assert CONFIG.difference(less) == "recipe.supernet.flip: False against None"
+
+
+def test_a_field_that_the_other_recipe_lacks_is_a_difference_too() -> None:
+    less = CONFIG.model_copy(update={"recipe": without(CONFIG.recipe, "supernet", "flip")})
+    assert less.difference(CONFIG) == "recipe.supernet.flip: None against False"
 
 
 def test_a_new_run_is_made_where_asked_and_read_back_the_same(tmp_path: Path) -> None:
@@ -69,9 +121,9 @@ def test_a_contradiction_is_refused_and_names_the_field(field: str, tmp_path: Pa
     open_run(CONFIG, tmp_path / "run")
     with pytest.raises(InvalidInput, match="contradict") as caught:
         open_run(changed(field), tmp_path / "run")
-    assert f"({field}: " in caught.value.what
-    assert str(CHANGES[field]) in caught.value.what
-    assert str(tmp_path / "run") in caught.value.what
+    told = changed(field).difference(CONFIG)
+    assert caught.value.what == f"The flags contradict {tmp_path / 'run'} ({told})."
+    assert told.startswith(field)
     assert "--run" in caught.value.next_step
     assert read_run(tmp_path / "run").config == CONFIG
 
@@ -95,27 +147,138 @@ def test_without_a_path_the_newest_matching_run_is_taken(tmp_path: Path) -> None
     assert len(list(root.iterdir())) == 4
 
 
+def test_runs_are_listed_newest_first_without_the_damaged_ones(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    runs = [open_run(CONFIG.model_copy(update={"seed": n}), root / f"r{n}") for n in range(4)]
+    for run, seconds in zip(runs, (30, 10, 20, 0), strict=True):
+        age(run, seconds)
+    (runs[3].path / "config.yaml").write_text("seed: many")
+    (root / "empty").mkdir()
+    (root / "text").write_text("not a run")
+    (root / "in the way" / "config.yaml").mkdir(parents=True)
+    for content in (b"", b"- a", b"space: [", b"\xff\xfe\x00"):
+        folder = root / f"damaged {content!r}"
+        folder.mkdir()
+        (folder / "config.yaml").write_bytes(content)
+    assert [run.path.name for run in list_runs(root)] == ["r1", "r2", "r0"]
+    assert [run.config.seed for run in list_runs(root)] == [1, 2, 0]
+    # nor do they stand in the way of a new run, or of one that matches
+    assert open_run(runs[0].config, None, root).path == runs[0].path
+    assert open_run(runs[3].config, None, root).path.name == "mobile-tiny-fashion-mnist-where-cpu-1"
+
+
+def test_no_folder_has_no_runs(tmp_path: Path) -> None:
+    assert list_runs(tmp_path / "runs") == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"data": "digits"}, "mobile-tiny-digits-cpu"),
+        ({"data": "fashion-mnist:/some/where"}, "mobile-tiny-fashion-mnist-where-cpu"),
+        ({"data": "folder:photos"}, "mobile-tiny-folder-photos-cpu"),
+        ({"data": "folder:../my photos/"}, "mobile-tiny-folder-my-photos-cpu"),
+        ({"data": "folder:."}, "mobile-tiny-folder-cpu"),
+        ({"data": "torchvision:CIFAR10"}, "mobile-tiny-torchvision-CIFAR10-cpu"),
+        ({"data": "/data/sets/cells.npz"}, "mobile-tiny-cells-cpu"),
+        ({"data": "cells.v2.npz"}, "mobile-tiny-cells.v2-cpu"),
+        ({"data": "über größe.npz"}, "mobile-tiny-ber-gr-e-cpu"),
+        ({"data": "digits", "space": "mobile", "device": "gpu"}, "mobile-digits-gpu"),
+        ({"data": "digits", "space": "spaces/own_space.py:space"}, "own-space.py-space-digits-cpu"),
+        ({"data": "digits", "device": "simulated"}, "mobile-tiny-digits-simulated"),
+    ],
+)
+def test_a_run_is_named_after_what_it_is_of(
+    fields: dict[str, str], name: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "runs"
+    run = open_run(CONFIG.model_copy(update=fields), None, root)
+    assert run.path == root / f"{name}-1"
+    assert run.path.parent == root
+    assert read_run(run.path).config.data == fields["data"]
+
+
 def test_new_runs_get_names_that_tell_what_they_are_of_and_are_never_taken(tmp_path: Path) -> None:
     root = tmp_path / "runs"
     names = []
     for seed in range(3):
         config = CONFIG.model_copy(update={"seed": seed})
         names.append(open_run(config, None, root).path.name)
-    assert names == [f"mobile-tiny-fashion-mnist-cpu-{number}" for number in (1, 2, 3)]
-    assert open_run(changed("device"), None, root).path.name == "mobile-tiny-fashion-mnist-gpu-1"
+    assert names == [f"mobile-tiny-fashion-mnist-where-cpu-{number}" for number in (1, 2, 3)]
+    assert (
+        open_run(changed("device"), None, root).path.name == "mobile-tiny-fashion-mnist-where-gpu-1"
+    )
     for file in (root / names[0]).iterdir():
         file.unlink()
     (root / names[0]).rmdir()
-    config = CONFIG.model_copy(update={"seed": 9})
-    assert open_run(config, None, root).path.name == "mobile-tiny-fashion-mnist-cpu-4"
+    made = [open_run(CONFIG.model_copy(update={"seed": s}), None, root).path.name for s in (9, 10)]
+    assert not set(made) & set(names[1:])
+    assert len(set(made)) == 2
+    assert [read_run(root / name).config.seed for name in names[1:]] == [1, 2]
     assert open_run(CONFIG.model_copy(update={"seed": 2}), None, root).path.name == names[2]
 
 
 def test_a_folder_in_the_way_without_a_config_is_left_alone(tmp_path: Path) -> None:
     root = tmp_path / "runs"
-    (root / "mobile-tiny-fashion-mnist-cpu-1").mkdir(parents=True)
+    (root / "mobile-tiny-fashion-mnist-where-cpu-1").mkdir(parents=True)
     run = open_run(CONFIG, None, root)
-    assert run.path.name == "mobile-tiny-fashion-mnist-cpu-2"
+    assert run.path.name == "mobile-tiny-fashion-mnist-where-cpu-2"
+
+
+def test_two_processes_that_choose_the_same_name_get_two_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process is quicker: it makes its folder when this one has just chosen the name."""
+    root = tmp_path / "runs"
+    mkdir, others = Path.mkdir, iter(["1", "2"])
+
+    def late(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.parent == root and (number := next(others, None)):
+            mkdir(root / f"mobile-tiny-fashion-mnist-where-cpu-{number}")
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", late)
+    run = open_run(CONFIG, None, root)
+    assert run.path.name == "mobile-tiny-fashion-mnist-where-cpu-3"
+    assert [folder.name for folder in root.iterdir() if (folder / "config.yaml").exists()] == [
+        run.path.name
+    ]
+
+
+MAKE_RUNS = """
+import sys
+from pathlib import Path
+from hwnas.store import open_run, read_run
+root = Path(sys.argv[1])
+config = read_run(Path(sys.argv[2])).config
+print("ready", flush=True)
+sys.stdin.readline()
+for seed in range(int(sys.argv[3]), int(sys.argv[3]) + 8):
+    print(open_run(config.model_copy(update={"seed": seed}), None, root).path.name)
+"""
+
+
+def test_processes_that_make_runs_at_once_get_a_folder_each(tmp_path: Path) -> None:
+    root, example = tmp_path / "runs", open_run(CONFIG, tmp_path / "example").path
+    makers = [
+        subprocess.Popen(
+            [sys.executable, "-c", MAKE_RUNS, str(root), str(example), str(1000 * number)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for number in range(3)
+    ]  # fmt: skip
+    for maker in makers:
+        assert maker.stdout is not None
+        assert maker.stdout.readline() == "ready\n"
+    for maker in makers:
+        assert maker.stdin is not None
+        maker.stdin.write("go\n")
+        maker.stdin.flush()
+    names = [name for maker in makers for name in maker.communicate()[0].split()]
+    assert all(maker.returncode == 0 for maker in makers)
+    assert len(names) == len(set(names)) == 24
+    seeds = {read_run(root / name).config.seed for name in names}
+    assert seeds == {1000 * number + seed for number in range(3) for seed in range(8)}
 
 
 @pytest.mark.parametrize(
@@ -126,6 +289,9 @@ def test_a_folder_in_the_way_without_a_config_is_left_alone(tmp_path: Path) -> N
         ({"space": None}, "space"),
         ({"colour": "red"}, "colour"),
         ({"batch": [1]}, "batch"),
+        ({"image_size": "large"}, "image_size"),
+        ({"recipe": "quick"}, "recipe"),
+        ({"recipe": None}, "recipe"),
     ],
 )
 def test_a_wrong_field_of_config_yaml_is_refused_with_its_path(
@@ -137,6 +303,20 @@ def test_a_wrong_field_of_config_yaml_is_refused_with_its_path(
     with pytest.raises(InvalidInput) as caught:
         read_run(run.path)
     assert caught.value.what.startswith(f"{file}: {field}: ")
+    assert caught.value.what.endswith(".")
+    assert "\n" not in str(caught.value)
+    assert "--run" in caught.value.next_step
+
+
+def test_a_run_of_an_older_version_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    """Its recipe was a name, and it had no image size."""
+    old = {**CONFIG.model_dump(exclude={"image_size"}), "recipe": "quick"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old, sort_keys=False))
+    with pytest.raises(InvalidInput) as caught:
+        open_run(CONFIG, tmp_path)
+    assert caught.value.what == f"{tmp_path / 'config.yaml'}: image_size: Field required."
+    assert "another version" in caught.value.next_step
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == old
 
 
 def test_a_field_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -221,7 +401,7 @@ def test_a_second_process_is_told_who_holds_the_run_and_gets_it_afterwards(tmp_p
     with run.locked():
         what, next_step = try_to_lock(run)
         assert what == f"{run.path} is in use by process {os.getpid()}."
-        assert "--run" in next_step
+        assert next_step == "wait for it, or name another one"
         assert try_to_lock(run)[0] == what  # being refused does not change who is named
     assert try_to_lock(run) == ["held"]
 
@@ -242,172 +422,38 @@ def test_a_killed_process_releases_the_run(tmp_path: Path) -> None:
         pass
 
 
+def test_the_lock_outlives_no_process_and_is_no_part_of_the_run(tmp_path: Path) -> None:
+    """A file that a killed process left behind, with its number in it, holds nothing."""
+    run = open_run(CONFIG, tmp_path / "run")
+    (run.path / ".lock").write_text("4194304")
+    with run.locked():
+        assert (run.path / ".lock").read_text() == str(os.getpid())
+    assert try_to_lock(run) == ["held"]
+
+
+def test_a_run_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    makers: list[Callable[[], Run]] = [
+        lambda: open_run(CONFIG, tmp_path / "file" / "run"),
+        lambda: open_run(CONFIG, None, tmp_path / "file"),
+    ]
+    for make in makers:
+        with pytest.raises(
+            InvalidInput, match=r"cannot be written: (Not a directory|File exists)\."
+        ):
+            make()
+
+
+def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    run = open_run(CONFIG, tmp_path / "run")
+    (run.path / "log.jsonl").mkdir()
+    with pytest.raises(InvalidInput, match=r"log\.jsonl cannot be written: Is a directory\."):
+        run.log("train", steps=3)
+
+
 def test_an_error_inside_releases_the_run(tmp_path: Path) -> None:
     run = open_run(CONFIG, tmp_path / "run")
     with pytest.raises(KeyError), run.locked():
         raise KeyError
     with run.locked():
         pass
-
-
-# ---- the history
-
-LIMITS = {"latency_ms": 1.0, "params": 5000.0}
-
-
-def proposals(*genes: tuple[int, ...]) -> list[Proposal]:
-    return [Proposal(g, {"latency_ms": 0.5 + i, "params": 100.0 * i}) for i, g in enumerate(genes)]
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "run" / "search.sqlite"
-
-
-def test_proposals_and_scores_survive_closing(path: Path) -> None:
-    history = History(path)
-    history.add_generation("spos", 0, proposals((2, 1), (0, 0), (1, 2)), LIMITS, 4)
-    history.add_score((2, 1), 0.625, 1.25)
-    history.close()
-    again = History(path)
-    assert again.generations("spos") == [[(2, 1), (0, 0), (1, 2)]]
-    assert again.score((2, 1)) == (0.625, 1.25)
-    assert again.score((0, 0)) is None
-    assert again.rejected("spos") == 4
-    again.close()
-
-
-def test_a_score_is_on_disk_as_soon_as_it_is_added(path: Path) -> None:
-    writer, reader = History(path), History(path)
-    writer.add_generation("spos", 0, proposals((1,), (2,)), LIMITS, 0)
-    writer.add_score((1,), 0.5, 2.0)
-    assert reader.generations("spos") == [[(1,), (2,)]]
-    assert reader.score((1,)) == (0.5, 2.0)
-    writer.close()
-    reader.close()
-
-
-def test_generations_come_back_in_order_an_empty_one_included(path: Path) -> None:
-    history = History(path)
-    many = [(n,) for n in range(15)]  # more than ten: places are numbers, not text
-    written = [many, [(7, 7), (3, 3)], [], [(5, 5)]]
-    for number, genes in enumerate(written):
-        history.add_generation("spos", number, proposals(*genes), LIMITS, 10**number)
-    history.add_generation("random", 0, proposals((9, 9)), LIMITS, 5)
-    assert history.generations("spos") == written
-    assert history.generations("random") == [[(9, 9)]]
-    assert history.generations("nobody") == []
-    assert history.rejected("spos") == 1111
-    assert history.rejected("random") == 5
-    assert history.rejected("nobody") == 0
-    history.close()
-
-
-def test_scores_belong_to_the_architecture_and_the_last_one_counts(path: Path) -> None:
-    history = History(path)
-    history.add_score((1, 2), 0.1, 3.0)
-    history.add_score((1, 2), 0.2, 2.0)
-    history.add_score((12,), 0.3, 1.0)
-    assert history.score((1, 2)) == (0.2, 2.0)
-    assert history.score((12,)) == (0.3, 1.0)
-    history.close()
-
-
-def test_a_row_tells_each_limit_and_the_bound_of_each_proposal(path: Path) -> None:
-    history = History(path)
-    history.add_generation("spos", 0, proposals((1,), (2,)), LIMITS, 0)
-    history.close()
-    with sqlite3.connect(path) as db:
-        rows = db.execute(
-            "SELECT place, cost, limit_value, upper FROM bounds ORDER BY place, cost"
-        ).fetchall()
-    db.close()
-    assert rows == [
-        (0, "latency_ms", 1.0, 0.5),
-        (0, "params", 5000.0, 0.0),
-        (1, "latency_ms", 1.0, 1.5),
-        (1, "params", 5000.0, 100.0),
-    ]
-
-
-def test_proposals_survive_where_there_is_no_limit(path: Path) -> None:
-    history = History(path)
-    history.add_generation("spos", 0, [Proposal((1, 2), {})], {}, 0)
-    assert history.generations("spos") == [[(1, 2)]]
-
-
-def test_a_generation_that_fails_half_way_leaves_nothing(path: Path) -> None:
-    history = History(path)
-    history.add_generation("spos", 0, proposals((1,)), LIMITS, 2)
-    good, without_bound = proposals((3,), (4,))
-    broken = [good, Proposal(without_bound.genes, {"latency_ms": 0.5})]
-    with pytest.raises(KeyError):
-        history.add_generation("spos", 1, broken, LIMITS, 100)
-    assert history.generations("spos") == [[(1,)]]
-    assert history.rejected("spos") == 2
-    with pytest.raises(sqlite3.IntegrityError):  # numbered as one that is there
-        history.add_generation("spos", 0, proposals((5,)), LIMITS, 100)
-    assert history.generations("spos") == [[(1,)]]
-    history.add_generation("spos", 1, proposals((3,), (4,)), LIMITS, 0)  # still works
-    assert history.generations("spos") == [[(1,)], [(3,), (4,)]]
-    history.close()
-
-
-def test_a_failure_of_the_database_itself_is_rolled_back(path: Path) -> None:
-    """The second row of proposals breaks a key; the first and the generation must go too."""
-    history = History(path)
-    history.close()
-    with sqlite3.connect(path) as db:
-        db.execute("INSERT INTO proposals VALUES ('spos', 0, 1, '[]')")
-    db.close()
-    history = History(path)
-    with pytest.raises(sqlite3.IntegrityError):
-        history.add_generation("spos", 0, proposals((1,), (2,)), LIMITS, 7)
-    assert history.rejected("spos") == 0
-    history.close()
-    with sqlite3.connect(path) as db:
-        assert db.execute("SELECT COUNT(*) FROM proposals").fetchone() == (1,)
-    db.close()
-
-
-@pytest.mark.parametrize("content", [b"not a database, but long enough to look at" * 50, b"short"])
-def test_a_file_that_is_not_sqlite_is_refused_and_left_alone(content: bytes, path: Path) -> None:
-    path.parent.mkdir()
-    path.write_bytes(content)
-    with pytest.raises(InvalidInput, match="is not a search history") as caught:
-        History(path)
-    assert str(path) in caught.value.what
-    assert "remove it" in caught.value.next_step
-    assert path.read_bytes() == content
-
-
-def test_a_history_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InvalidInput, match="cannot be written"):
-        History(tmp_path / "file" / "search.sqlite")
-
-
-def test_a_full_disk_is_one_sentence_and_loses_nothing(path: Path) -> None:
-    history = History(path)
-    history.add_generation("spos", 0, proposals((1,)), LIMITS, 0)
-    history.add_score((1,), 0.5, 1.0)
-    (pages,) = history._db.execute("PRAGMA page_count").fetchone()
-    history._db.execute(f"PRAGMA max_page_count = {pages}")
-
-    def fill_with_scores() -> None:
-        for number in range(2000):
-            history.add_score((number, 7), 0.5, 1.0)
-
-    def fill_with_generations() -> None:
-        for number in range(1, 200):
-            history.add_generation("spos", number, proposals(*[(n,) for n in range(50)]), LIMITS, 0)
-
-    with pytest.raises(InvalidInput, match="disk is full"):
-        fill_with_scores()
-    with pytest.raises(InvalidInput, match="disk is full"):
-        fill_with_generations()
-    history._db.execute("PRAGMA max_page_count = 100000")
-    assert history.score((1,)) == (0.5, 1.0)
-    assert history.generations("spos")[0] == [(1,)]
-    history.add_score((9, 9), 0.25, 2.0)
-    assert history.score((9, 9)) == (0.25, 2.0)

@@ -5,16 +5,21 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hwnas.costs.feasible import reachable
+from hwnas.costs.limits import counted_cost
 from hwnas.spaces.base import Architecture, Choice, Position, SearchSpace, State
 from hwnas.spaces.blocks import conv_norm_activation
 from hwnas.spaces.mobile import Stage, mobile, mobile_tiny
 from latency_tables.ops import Tensor
 from quant.errors import InvalidInput
 from quant.precision import Format, Precision
+
+Floats = npt.NDArray[np.float64]
 
 INPUT = Tensor(8, 4, 4, Format("fp32", signed=False))
 SKIPPING = mobile(
@@ -223,12 +228,75 @@ def test_parse_refuses_a_description_that_is_not_canonical() -> None:
         SKIPPING.parse(told)
 
 
+# ---- the heaviest path
+
+
+def weight_of(space: SearchSpace, weights: Sequence[Floats], architecture: Architecture) -> float:
+    edges = space.edges(architecture)
+    return sum(float(w[edge]) for w, edge in zip(weights, edges, strict=True))
+
+
+def some_weights(space: SearchSpace, rng: np.random.Generator, kind: str) -> list[Floats]:
+    sizes = [len(level.steps) for level in space.lattice.levels]
+    match kind:
+        case "any":
+            return [rng.normal(0, 1, size) for size in sizes]
+        case "negative":
+            return [-rng.uniform(1, 2, size) for size in sizes]
+        case "few":
+            return [(rng.random(size) < 0.1).astype(float) for size in sizes]
+        case _:
+            return [np.zeros(size) for size in sizes]
+
+
+@pytest.mark.parametrize("kind", ["any", "negative", "few", "none"])
+def test_the_heaviest_path_is_that_of_a_search_through_all(
+    kind: str, random_space: Callable[[int], SearchSpace]
+) -> None:
+    """Some of the random spaces have dead ends, which a greedy choice would run into."""
+    rng = np.random.default_rng(0)
+    spaces = [SKIPPING, chain({"a": 1, "b": 3}, {"a": 1}), *map(random_space, range(15))]
+    for space in spaces:
+        everything = list(space.enumerate())
+        for _ in range(3):
+            weights = some_weights(space, rng, kind)
+            found = space.heaviest(weights)
+            assert found in everything
+            best = max(weight_of(space, weights, a) for a in everything)
+            assert weight_of(space, weights, found) == pytest.approx(best, abs=1e-12)
+
+
+def test_the_random_spaces_have_dead_ends(random_space: Callable[[int], SearchSpace]) -> None:
+    def used(space: SearchSpace) -> set[tuple[int, int]]:
+        return {(i, e) for a in space.enumerate() for i, e in enumerate(space.edges(a))}
+
+    def edges(space: SearchSpace) -> int:
+        return sum(len(level.steps) for level in space.lattice.levels)
+
+    assert sum(len(used(s)) < edges(s) for s in map(random_space, range(15))) >= 3
+
+
 @pytest.mark.parametrize("space", [SKIPPING, TINY, chain({"a": 1})], ids=lambda s: s.name)
-def test_through_takes_every_edge_of_every_level(space: SearchSpace) -> None:
+def test_a_weight_on_one_edge_alone_leads_through_it(space: SearchSpace) -> None:
+    """And a second one beats it: nothing else decides."""
     for depth, level in enumerate(space.lattice.levels):
         for edge in range(len(level.steps)):
-            architecture = space.through(depth, edge)
-            assert space.edges(architecture)[depth] == edge
+            weights = [np.zeros(len(other.steps)) for other in space.lattice.levels]
+            weights[depth][edge] = 1.0
+            assert space.edges(space.heaviest(weights))[depth] == edge
+            other = (edge + 1) % len(level.steps)
+            weights[depth][other] = 2.0
+            assert space.edges(space.heaviest(weights))[depth] == other
+
+
+def test_the_largest_network_of_the_preset_is_the_same_by_two_ways() -> None:
+    """The additive cost's own search for its dearest network (hwnas.costs) is another one."""
+    macs = np.array([0.0, *(op.macs for op in TINY.lattice.ops)])
+    for sign in (1, -1):
+        found = TINY.heaviest([sign * macs[level.op + 1] for level in TINY.lattice.levels])
+        ends = reachable(TINY, counted_cost(TINY, "macs"))
+        expected = ends.largest if sign == 1 else ends.smallest
+        assert sum(op.macs for op in TINY.lower(found)) == expected
 
 
 def test_every_edge_is_used_by_some_listed_architecture() -> None:

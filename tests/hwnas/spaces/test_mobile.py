@@ -1,14 +1,19 @@
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hwnas.costs.feasible import reachable
+from hwnas.costs.limits import counted_cost
+from hwnas.costs.samplers import UniformSampler
 from hwnas.spaces.base import SearchSpace
 from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
-from hwnas.spaces.mobile import Stage, mobile, mobile_tiny
-from latency_tables.ops import Tensor
+from hwnas.spaces.mobile import Stage, mobile, mobile_224, mobile_tiny
+from latency_tables.ops import OpSpec, Tensor
 from quant.errors import InvalidInput
 from quant.precision import Precision
 
@@ -242,3 +247,172 @@ def test_the_head_precisions_are_the_blocks_unless_given() -> None:
     assert [g.choices for g in usual.genes if g.name == "head.precision"] == [("fp32", "w8a8")]
     assert not any(g.name == "head.precision" for g in given_.genes)
     assert given_.lower(next(given_.enumerate()))[-1].precision == Precision("fp16")
+
+
+# ---- the presets
+
+STAGES_TINY = (Stage(1, 1, (16, 24)), Stage(2, 2, (32, 48)), Stage(3, 2, (64, 96)))
+STAGES_224 = (
+    Stage(1, 1, (16,)),
+    Stage(3, 2, (16, 24, 32)),
+    Stage(4, 2, (32, 40, 48), squeeze=4),
+    Stage(4, 2, (64, 80, 96)),
+    Stage(3, 1, (96, 112, 128), squeeze=4),
+    Stage(3, 2, (128, 160, 192), squeeze=4),
+)
+"""Written again on purpose: what the presets are meant to be."""
+
+
+def physical_count(stages: Sequence[Stage], image: Tensor, head: int, classes: int) -> int:
+    """How many op chains can be built, as `physical_chains` does, counted and not listed.
+
+    Chains that can be built in several ways are one: a set of places in the network stands for all
+    ways to have built what is there so far (the subset construction of automata theory).
+    """
+    blocks = [(s, s.stride if i == 0 else 1, i == 0) for s in stages for i in range(s.blocks)]
+    precisions = [Precision("fp32"), Precision("w8a8")]
+    Place = tuple[int, Tensor]  # noqa: N806 (a type)
+
+    @cache
+    def block(number: int, tensor: Tensor) -> dict[str, Place]:
+        stage, stride, first = blocks[number]
+        ops = [
+            inverted_residual(
+                tensor,
+                width,
+                kernel=kernel,
+                expansion=expansion,
+                stride=stride,
+                precision=precision,
+                activation=stage.activation,
+                squeeze=stage.squeeze,
+            )
+            for width in (stage.widths if first else (tensor.channels,))
+            for kernel in (3, 5, 7)
+            for expansion in (3, 6)
+            for precision in precisions
+        ]
+        return {op.key: (number + 1, op.output) for op in ops}
+
+    @cache
+    def ways(places: frozenset[Place]) -> int:
+        after: dict[str, set[Place]] = {}
+        heads: set[str] = set()
+        for start, tensor in places:
+            for number in range(start, len(blocks) + 1):
+                if number == len(blocks):
+                    heads |= {
+                        classifier(tensor, head, classes, precision=p).key for p in precisions
+                    }
+                    break
+                for key, place in block(number, tensor).items():
+                    after.setdefault(key, set()).add(place)
+                stage, stride, _ = blocks[number]
+                if stride > 1 or tensor.channels not in stage.widths:
+                    break
+        return len(heads) + sum(ways(frozenset(places)) for places in after.values())
+
+    stem = conv_norm_activation(image, 16, kernel=3, stride=2, precision=Precision("fp32"))
+    return ways(frozenset({(0, stem.output)}))
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_the_presets_architectures_are_the_physical_networks_each_once(classes: int) -> None:
+    """Far too many to list: counted by an automaton that knows no genes and no canonical form."""
+    tiny = mobile_tiny(classes=classes)
+    assert tiny.count == physical_count(STAGES_TINY, Tensor(1, 32, 32), 128, classes)
+    space = mobile_224(classes=classes)
+    assert space.count == physical_count(STAGES_224, Tensor(3, 224, 224), 960, classes)
+    assert space.count > 1e22
+
+
+def test_the_counting_automaton_counts_what_the_list_holds() -> None:
+    stages = (Stage(1, 1, (16, 24)), Stage(1, 1, (16, 24), squeeze=4), Stage(1, 1, (16,)))
+    space = mobile("t", stages, classes=4, size=16)
+    chains = {tuple(op.key for op in space.lower(a)) for a in space.enumerate()}
+    assert physical_count(stages, Tensor(3, 16, 16), 128, 4) == len(chains) == space.count
+
+
+@pytest.fixture(scope="module")
+def photos() -> SearchSpace:
+    return mobile_224(classes=1000)
+
+
+def stage_of(position: str) -> int:
+    starts = np.cumsum([stage.blocks for stage in STAGES_224])
+    return int(np.searchsorted(starts, int(position.removeprefix("block")), side="right"))
+
+
+def test_the_preset_for_photos_has_18_blocks_and_few_rows(photos: SearchSpace) -> None:
+    names = [position.name for position in photos.positions]
+    assert names == ["stem", *(f"block{number}" for number in range(18)), "head"]
+    keys = {step.op.key for level in photos.lattice.levels for step in level.steps if step.op}
+    assert 1000 < len(keys) == len(photos.lattice.ops) <= 2500
+
+
+def test_squeeze_excite_stands_in_its_three_stages_and_in_no_other(photos: SearchSpace) -> None:
+    squeezing = set()
+    for position, level in zip(photos.positions, photos.lattice.levels, strict=True):
+        gated = {
+            any(layer.kind == "mul" for layer in step.op.layers) for step in level.steps if step.op
+        }
+        assert len(gated) == 1
+        if gated == {True}:
+            squeezing.add(stage_of(position.name))
+    assert squeezing == {2, 4, 5}
+    widths = {
+        (layer.channels, step.op.layers[0].channels)
+        for position, level in zip(photos.positions[1:-1], photos.lattice.levels[1:-1], strict=True)
+        for step in level.steps
+        if step.op
+        for layer in step.op.layers
+        if layer.role == "squeeze"
+    }
+    assert widths
+    assert all(squeezed == hidden // 4 for squeezed, hidden in widths)
+
+
+def test_each_stage_has_its_resolution_and_its_widths(photos: SearchSpace) -> None:
+    sides = [112, 56, 28, 14, 14, 7]  # of 224, halved by the stem and by four stages
+    for position, level in zip(photos.positions[1:-1], photos.lattice.levels[1:-1], strict=True):
+        stage = stage_of(position.name)
+        outputs = {step.op.output for step in level.steps if step.op}
+        assert {(output.height, output.width) for output in outputs} == {(sides[stage],) * 2}
+        assert {output.channels for output in outputs} == set(STAGES_224[stage].widths)
+        chooses_width = any(gene.name.endswith(".width") for gene in position.genes)
+        can_skip = any(step.op is None for step in level.steps)
+        assert can_skip == (STAGES_224[stage].stride == 1 or not chooses_width)
+
+
+def test_the_preset_reaches_below_and_above_the_published_network(photos: SearchSpace) -> None:
+    """MobileNetV3-Large 1.0: 219 million MACs, 5.4 million parameters (Howard et al. 2019, table 3)
+    at 224 x 224 and 1,000 classes.
+    """
+    macs = reachable(photos, counted_cost(photos, "macs"))
+    params = reachable(photos, counted_cost(photos, "params"))
+    assert macs.smallest < 219e6 / 3 < 3 * 219e6 < macs.largest
+    assert params.smallest < 5.4e6 < params.largest
+    assert macs.smallest > 1e7
+    assert macs.largest < 1e9
+
+
+def depth_of(ops: Sequence[OpSpec]) -> int:
+    return len(ops) - 2
+
+
+def test_random_networks_of_the_preset_are_canonical_and_chain_up(photos: SearchSpace) -> None:
+    sampler, rng = UniformSampler(photos), np.random.default_rng(0)
+    depths = set()
+    for _ in range(200):
+        architecture = sampler.sample(rng)
+        assert photos.architecture(architecture.genes) == architecture
+        assert photos.parse(photos.describe(architecture)) == architecture
+        ops = photos.lower(architecture)
+        tensor = photos.input
+        for op in ops:
+            assert op.inputs == (tensor,)
+            tensor = op.output
+        assert (tensor.channels, tensor.height) == (1000, 1)
+        depths.add(depth_of(ops))
+    assert len(depths) > 5
+    assert max(depths) <= 18

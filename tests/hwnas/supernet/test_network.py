@@ -1,6 +1,7 @@
 """The supernet against stand-alone networks, hand-written convolutions and torch's batch norm."""
 
 import itertools
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from hwnas.costs.samplers import UniformSampler
-from hwnas.spaces.base import Architecture, SearchSpace
+from hwnas.spaces.base import Architecture, Choice, Position, SearchSpace, State
+from hwnas.spaces.blocks import classifier, conv_norm_activation
 from hwnas.spaces.mobile import Stage, mobile
+from hwnas.spaces.registry import load_space
 from hwnas.supernet.network import Supernet
-from quant.precision import ONNXRUNTIME, TENSORRT, Runtime
+from latency_tables.ops import Tensor as SpecTensor
+from quant.precision import ONNXRUNTIME, TENSORRT, Precision, Runtime
 
 
 def rich_space(precisions: tuple[str, ...] = ("fp32", "w8a8", "w4a4")) -> SearchSpace:
@@ -367,6 +371,105 @@ def test_initialising_changes_ranges_only() -> None:
     for name, value in supernet.state_dict().items():
         if not name.startswith("ranges."):
             assert torch.equal(value, before[name]), name
+
+
+def ranges_of(space: SearchSpace, architecture: Architecture) -> set[str]:
+    """The names of the ranges on a path, from its ops alone."""
+    return {
+        f"{placed.position}/{placed.group}/value{index}/"
+        f"{quantiser.bits} bits {'signed' if quantiser.signed else 'unsigned'}"
+        for placed in space.walk(architecture)
+        for index, quantiser in placed.op.quantisers.items()
+    }
+
+
+@pytest.fixture
+def paths_run(monkeypatch: pytest.MonkeyPatch) -> list[Architecture]:
+    """The paths that `initialise_ranges` runs, in order; an endless search for them is cut off."""
+    paths: list[Architecture] = []
+    heaviest = SearchSpace.heaviest
+
+    def spy(space: SearchSpace, weights: list[np.ndarray]) -> Architecture:
+        paths.append(heaviest(space, weights))
+        if len(paths) > 500:
+            raise RecursionError("it runs paths without an end")
+        return paths[-1]
+
+    monkeypatch.setattr(SearchSpace, "heaviest", spy)
+    return paths
+
+
+def test_each_path_of_initialising_sees_the_most_ranges_that_none_before_saw(
+    paths_run: list[Architecture],
+) -> None:
+    """Brute force over every architecture, step by step."""
+    space = plain_space(("fp32", "w8a8", "w4a4"))
+    supernet = supernet_of(space)
+    seen: set[str] = set()
+    for path in paths_run:
+        gains = [len(ranges_of(space, a) - seen) for a in space.enumerate()]
+        assert len(ranges_of(space, path) - seen) == max(gains) > 0
+        seen |= ranges_of(space, path)
+    assert seen == set(supernet.ranges)
+
+
+def least_paths(space: SearchSpace) -> int:
+    """A lower bound: as many paths as one position has ranges of which no two are on one edge."""
+    most = 0
+    for level in space.lattice.levels:
+        edges = [
+            {(step.group, i, q.bits, q.signed) for i, q in step.op.quantisers.items()}
+            for step in level.steps
+            if step.op is not None
+        ]
+        apart: list[tuple[str, int, int, bool]] = []
+        for name in sorted(set().union(*edges)):
+            if not any(name in edge and other in edge for edge in edges for other in apart):
+                apart.append(name)
+        most = max(most, len(apart))
+    return most
+
+
+@pytest.mark.parametrize("name", ["rich", "mobile-tiny", "mobile"])
+def test_initialising_leaves_no_range_unset_and_runs_few_paths(
+    name: str, paths_run: list[Architecture]
+) -> None:
+    channels = {"rich": 1, "mobile-tiny": 1, "mobile": 3}[name]
+    space = rich_space() if name == "rich" else load_space(
+        name, classes=3, image_channels=channels, size=32
+    )  # fmt: skip
+    supernet = Supernet(space)
+    supernet.initialise_ranges(torch.rand(2, channels, 32, 32))
+    assert all(elastic.is_set for elastic in supernet.ranges.values())
+    assert 1 < least_paths(space) <= len(paths_run) <= 3 * least_paths(space)
+    paths_run.clear()
+    supernet.initialise_ranges(torch.rand(2, channels, 32, 32))
+    assert not paths_run
+
+
+def test_a_range_that_no_whole_network_uses_is_left_alone(paths_run: list[Architecture]) -> None:
+    """The wide convolution leads nowhere: the head takes 8 channels alone."""
+
+    def conv(state: State, values: Mapping[str, int]) -> Choice:
+        op = conv_norm_activation(
+            state.tensor, values["width"], kernel=1, precision=Precision("w8a8")
+        )
+        return Choice(op, State(op.output), f"wide {values['width']}")
+
+    def head(state: State, values: Mapping[str, int]) -> Choice | None:
+        if state.tensor.channels != 8:
+            return None
+        op = classifier(state.tensor, 8, 3, precision=Precision("w8a8"))
+        return Choice(op, State(op.output))
+
+    positions = (Position("p", {"width": (8, 16)}, conv), Position("head", {"kind": (0,)}, head))
+    space = SearchSpace("dead end", SpecTensor(1, 8, 8), positions, 3)
+    (architecture,) = space.enumerate()
+    supernet = Supernet(space)
+    supernet.initialise_ranges(images(4))
+    set_ranges = {name for name, elastic in supernet.ranges.items() if elastic.is_set}
+    assert set_ranges == ranges_of(space, architecture)
+    assert len(paths_run) <= 2
 
 
 def test_a_first_range_is_lsqs_formula_on_the_value_that_it_rounds() -> None:

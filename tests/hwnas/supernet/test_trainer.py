@@ -17,6 +17,7 @@ from hwnas.spaces.mobile import Stage, mobile
 from hwnas.supernet.evaluator import Evaluator
 from hwnas.supernet.network import Supernet
 from hwnas.supernet.trainer import load_supernet, train_supernet
+from hwnas.training import loss, optimiser_of
 from quant.errors import InvalidInput
 
 
@@ -145,14 +146,14 @@ def test_gradients_of_zero_would_move_what_is_not_on_the_path(set_to_none: bool)
     batch, classes = step_batch(stripes().train, 8, seed=0, step=0)
     supernet.initialise_ranges(batch)
     recipe = TrainingRecipe(steps=4, batch=8, learning_rate=0.02)
-    optimiser = recipe.optimiser(supernet)
+    optimiser = optimiser_of(supernet, recipe)
     genes = {gene.name: gene.choices[0] for gene in space.genes}
     first = space.parse({**genes, "block0.block": "k5e2", "block0.precision": "w8a8"})
     second = space.parse({**genes, "block0.block": "k3e2"})
     for architecture in (first, second):
         before = snapshot(supernet)
         optimiser.zero_grad(set_to_none=set_to_none)
-        recipe.loss(supernet(batch, architecture), classes).backward()
+        loss(supernet(batch, architecture), classes, recipe).backward()
         optimiser.step()
     moved = {n for n, p in supernet.named_parameters() if not torch.equal(p, before[n])}
     left_alone = used_by(space, first) - used_by(space, second)
@@ -168,10 +169,10 @@ def test_a_path_gets_the_same_gradient_as_its_extracted_network_in_float() -> No
     genes = {gene.name: gene.choices[0] for gene in space.genes}
     architecture = space.parse({**genes, "block0.width": "6"})
     recipe = TrainingRecipe(steps=1, batch=16, learning_rate=0.1)
-    recipe.loss(supernet(batch, architecture), classes).backward()
+    loss(supernet(batch, architecture), classes, recipe).backward()
     network = supernet.extract(architecture, supernet.recalibrate(architecture, [batch]))
     network.train()
-    recipe.loss(network(batch), classes).backward()
+    loss(network(batch), classes, recipe).backward()
     mine = [p.grad for p in supernet.parameters() if p.grad is not None]
     theirs = [p.grad for p in network.parameters()]
     assert sum(float((g**2).sum()) for g in mine) == pytest.approx(
@@ -220,17 +221,22 @@ def trained(
     return supernet
 
 
-@pytest.mark.parametrize(("stop", "every"), [(3, 1), (3, 2), (5, 3), (1, 2)])
+@pytest.mark.parametrize(
+    ("stop", "every"), [(1, 1), (3, 1), (3, 2), (5, 3), (1, 2), (5, 100), (6, 4)]
+)
 def test_interrupted_training_goes_on_to_bit_identical_weights(
     stop: int, every: int, tmp_path: Path
 ) -> None:
-    """Resumed in another supernet; from other starting weights where a checkpoint was written."""
+    """Resumed in another supernet; from other starting weights where a checkpoint was written.
+
+    Stopped after the last step there is a checkpoint too, whatever `every` says.
+    """
     space = small_space()
     whole = trained(space, tmp_path / "whole.pt")
     with pytest.raises(KeyboardInterrupt):
         trained(space, tmp_path / "parts.pt", stop=stop, every=every)
     saved = load_supernet(fresh(space), tmp_path / "parts.pt")
-    assert saved == stop // every * every
+    assert saved == (6 if stop == 6 else stop // every * every)
     resumed = trained(space, tmp_path / "parts.pt", start_seed=7 if saved else 0)
     expected = snapshot(whole)
     for name, value in resumed.named_parameters():
@@ -291,7 +297,22 @@ def assert_refused(space: SearchSpace, checkpoint: Path, words: str) -> None:
 
 def test_a_checkpoint_of_another_space_is_refused(tmp_path: Path) -> None:
     trained(small_space(kernels=(3, 7)), tmp_path / "s.pt")
-    assert_refused(small_space(), tmp_path / "s.pt", "another space")
+    assert_refused(small_space(), tmp_path / "s.pt", "holds the weights of something else")
+
+
+def test_a_checkpoint_of_a_space_of_another_name_is_refused(tmp_path: Path) -> None:
+    """Every tensor would fit: what tells them apart is the identity alone."""
+    trained(small_space("other"), tmp_path / "s.pt")
+    assert_refused(small_space(), tmp_path / "s.pt", "the space other")
+
+
+def test_a_checkpoint_that_does_not_say_what_it_is_of_is_refused(tmp_path: Path) -> None:
+    space, path = small_space(), tmp_path / "s.pt"
+    trained(space, path)
+    state = torch.load(path, weights_only=True)
+    del state["identity"]
+    torch.save(state, path)
+    assert_refused(space, path, "not a whole checkpoint")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
@@ -318,8 +339,14 @@ def test_a_text_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_weights_is_refused(tmp_path: Path) -> None:
     space = small_space()
-    torch.save({"space": space.fingerprint, "step": 3}, tmp_path / "s.pt")
+    trained(space, tmp_path / "whole.pt")
+    assert torch.load(tmp_path / "whole.pt", weights_only=True)["identity"] == _identity(space)
+    torch.save({"identity": _identity(space), "step": 3}, tmp_path / "s.pt")
     assert_refused(space, tmp_path / "s.pt", "not a whole checkpoint")
+
+
+def _identity(space: SearchSpace) -> str:
+    return f"the space {space.name} {space.fingerprint}"
 
 
 class Payload:
@@ -334,6 +361,6 @@ def test_a_checkpoint_that_would_run_code_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     space = small_space()
-    torch.save({"space": space.fingerprint, "step": Payload()}, tmp_path / "s.pt")
+    torch.save({"identity": _identity(space), "step": Payload()}, tmp_path / "s.pt")
     assert_refused(space, tmp_path / "s.pt", "not a whole checkpoint")
     assert not (tmp_path / "pwned").exists()
