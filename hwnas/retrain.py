@@ -22,11 +22,12 @@ def retrain(
     seed: int,
     progress: Progress,
     checkpoint: Path | None = None,
+    recalibration_images: int = 2048,
     label: str = "retraining",
 ) -> None:
     """Train a network's own weights on TRAIN, then set its batch norms to the cumulative mean
-    over TRAIN; the network is left in inference mode. Goes on from `checkpoint`, where one is
-    named and there.
+    over the first images of TRAIN; the network is left in inference mode. Goes on from
+    `checkpoint`, where one is named and there.
     """
     keys = "\n".join(op.key for op in network.ops)
     identity = f"the network {hashlib.sha256(keys.encode()).hexdigest()[:16]}"
@@ -40,7 +41,7 @@ def retrain(
         network, splits.train, recipe, logits, kept,
         seed=seed, progress=progress, label=label,
     )  # fmt: skip
-    recalibrate(network, splits)
+    recalibrate(network, splits, images=recalibration_images)
     network.eval()
 
 

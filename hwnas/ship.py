@@ -51,6 +51,7 @@ def retrain_finalists(job: Job, run: Run, result: Path) -> list[Network]:
                 job.recipe.retrain,
                 seed=job.request.seed,
                 checkpoint=training,
+                recalibration_images=8 * job.recipe.recalibration_images,
                 progress=job.progress,
                 label=f"retraining finalist {number + 1} of {len(finalists)}",
             )

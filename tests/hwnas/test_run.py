@@ -1,5 +1,6 @@
 """The whole path, on the simulated device and on a small space of this file's own."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,15 +12,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
 
 import hwnas.run
+from hwnas import loop
 from hwnas.costs.feasible import FeasibleSet
 from hwnas.data import as_input, digits
+from hwnas.export.onnx_file import Agreement
+from hwnas.history import History
 from hwnas.run import Job, Request
 from hwnas.spaces.base import Architecture
 from hwnas.store import Run
@@ -28,7 +31,7 @@ from latency_tables.table import LatencyTable
 from profilers import simulated
 from profilers.build import Progress, quiet
 from profilers.measure import Measurement, summarise
-from quant.errors import InvalidInput, Unreachable, Unstable
+from quant.errors import HwnasError, InvalidInput, Unreachable, Unstable
 
 SPACE = str(Path(__file__).parents[2] / "examples" / "own_space.py") + ":space"
 
@@ -55,12 +58,29 @@ def certified(folder: Path, progress: Progress = quiet) -> tuple[Job, Run, dict[
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _two_threads() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     """Results are compared to the last bit, which holds for equal numbers of threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def measured_here(job: Job, paths: Sequence[Path], *_: object) -> list[Measurement]:
+    """The same measurement without fresh processes, so that this process's device counts."""
+    found = []
+    for path in paths:
+        with job.profiler.prepare(onnx.load(path)) as session:
+            block = session.block(job.recipe.protocol).round(3)
+            found.append(summarise([block] * job.recipe.processes, job.recipe.protocol))
+    return found
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks are measured in this process: the simulated device answers the same."""
+    monkeypatch.setattr("hwnas.ship.measure", measured_here)
+    monkeypatch.setattr("hwnas.job.measure", measured_here)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +144,7 @@ def test_no_row_of_the_history_is_over_its_limit(
     assert all(upper <= limit for upper, limit in bounds)
 
 
+@pytest.mark.usefixtures("quick")
 def test_an_infeasible_architecture_is_never_scored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +164,7 @@ def test_an_infeasible_architecture_is_never_scored(
     assert len(scored) == len(set(scored)) >= job.recipe.evaluations
 
 
+@pytest.mark.usefixtures("quick")
 def test_an_unreachable_limit_is_answered_before_any_training(tmp_path: Path) -> None:
     job = job_in(tmp_path)
     smallest = job.latency_range().smallest
@@ -154,6 +176,7 @@ def test_an_unreachable_limit_is_answered_before_any_training(tmp_path: Path) ->
     assert not run.supernet.exists()
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_limit_just_above_the_smallest_reachable_succeeds(tmp_path: Path) -> None:
     job = job_in(tmp_path)
     limit = job.latency_limit(job.latency_range().smallest * 1.02)
@@ -161,6 +184,7 @@ def test_a_limit_just_above_the_smallest_reachable_succeeds(tmp_path: Path) -> N
     assert summary["measured"]["median_ms"] <= limit.value
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_second_limit_uses_the_same_supernet(finished: tuple[Job, Run, dict[str, Any]]) -> None:
     job, run, _ = finished
     before = run.supernet.stat().st_mtime_ns
@@ -187,69 +211,149 @@ def test_verify_measures_the_shipped_file_again(
 
 
 class Stop:
-    """A progress that interrupts at the nth call of a stage."""
+    """A progress that raises at the nth call of a stage."""
 
-    def __init__(self, stage: str, at: int) -> None:
-        self.stage, self.left = stage, at
+    def __init__(self, stage: str, at: int, error: BaseException) -> None:
+        self.stage, self.left, self.error = stage, at, error
 
     def __call__(self, label: str, done: int, total: int) -> None:
         if label.startswith(self.stage):
             self.left -= 1
             if self.left == 0:
-                raise KeyboardInterrupt
+                raise self.error
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
-    ("stage", "at"),
+    ("stage", "at", "error"),
     [
-        ("timing ops", 40),
-        ("timing whole", 2),
-        ("training the supernet", 10),
-        ("scoring architectures (spos)", 8),
-        ("scoring architectures (random)", 3),
-        ("retraining", 7),
+        ("timing ops", 40, KeyboardInterrupt()),
+        ("scoring architectures (random)", 3, ValueError("the caller's own")),
+        ("retraining", 7, MemoryError()),
     ],
 )
-def test_an_interrupted_run_ends_as_an_undisturbed_one(
-    tmp_path: Path, finished: tuple[Job, Run, dict[str, Any]], stage: str, at: int
+def test_a_run_that_its_caller_stopped_ends_as_an_undisturbed_one(
+    tmp_path: Path,
+    finished: tuple[Job, Run, dict[str, Any]],
+    stage: str,
+    at: int,
+    error: BaseException,
 ) -> None:
-    _, undisturbed, _ = finished
-    with pytest.raises(KeyboardInterrupt):
-        certified(tmp_path, Stop(stage, at))
-    job, _, summary = certified(tmp_path)
-    name = hwnas.run.limits_name([job.latency_limit(middle(job))])
-    other = json.loads((undisturbed.result(name) / "certificate.json").read_text())
-    assert summary["architecture"] == other["architecture"]
-    assert summary["accuracy"] == other["accuracy"]
-    model = np.frombuffer(Path(summary["model"]).read_bytes(), np.uint8)
-    assert hwnas.run.certificates.sha256(Path(summary["model"])) == other["hashes"]["model"]
-    assert model.size == other["counts"]["size_bytes"]
+    """Through the library; processes that are really killed are in test_stopping.py."""
+    with pytest.raises(type(error)) as caught:
+        certified(tmp_path, Stop(stage, at, error))
+    assert caught.value is error
+    assert_same(certified(tmp_path)[2], finished)
+
+
+def assert_same(summary: dict[str, Any], finished: tuple[Job, Run, dict[str, Any]]) -> None:
+    """The same network with the same weights, by another way."""
+    _, _, other = finished
+    for name in ("architecture", "accuracy", "measured", "search_val_shared_weights", "rejected"):
+        assert summary[name] == other[name], name
+    assert Path(summary["model"]).read_bytes() == Path(other["model"]).read_bytes()
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_stages_one_by_one_end_as_the_whole_path(
+    tmp_path: Path, finished: tuple[Job, Run, dict[str, Any]]
+) -> None:
+    job = job_in(tmp_path)
+    run = hwnas.run.open_run(job)
+    hwnas.run.train(job, run)
+    limits = [job.latency_limit(middle(job))]
+    finalists = hwnas.run.search(job, run, limits)
+    result = run.best()
+    assert not (result / "finalist-0.pt").exists()
+    networks = hwnas.run.retrain_finalists(job, run, result)
+    assert len(networks) == len(finalists) == job.recipe.finalists
+    assert not (result / "finalist-0.onnx").exists()
+    candidates = hwnas.run.export(job, run, result)
+    assert [candidate.path.name for candidate in candidates] == [
+        "finalist-0.onnx",
+        "finalist-1.onnx",
+    ]
+    assert not (result / "certificate.json").exists()
+    hwnas.run.verify(job, run, limits)
+    assert_same(hwnas.run.search_to_certificate(job, run, limits), finished)
+
+
+def test_a_finished_stage_does_nothing_again(
+    finished: tuple[Job, Run, dict[str, Any]], tmp_path: Path
+) -> None:
+    job, run, summary = finished
+    told: list[str] = []
+    again = Job(job.request, lambda label, _done, _total: told.append(label))
+    limits = [again.latency_limit(middle(job))]
+    result = Path(summary["model"]).parent
+    before = {path: path.stat().st_mtime_ns for path in result.iterdir()}
+    hwnas.run.train(again, run)
+    hwnas.run.search(again, run, limits)
+    hwnas.run.retrain_finalists(again, run, result)
+    assert hwnas.run.search_to_certificate(again, run, limits) == summary
+    assert told == []
+    assert {path: path.stat().st_mtime_ns for path in result.iterdir()} == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_order_of_limits_makes_no_difference(tmp_path: Path) -> None:
+    job = job_in(tmp_path)
+    values = {"params": 40_000.0, "macs": 1e6, "latency_ms": middle(job)}
+    limits = job.limits(values)
+    backwards = list(reversed(job.limits(dict(reversed(values.items())))))
+    assert [limit.cost.name for limit in limits] != [limit.cost.name for limit in backwards]
+    assert hwnas.run.limits_name(limits) == hwnas.run.limits_name(backwards)
+    run = hwnas.run.open_run(job)
+    assert hwnas.run.search(job, run, limits) == hwnas.run.search(job, run, backwards)
+    assert len(list((run.path / "results").iterdir())) == 1
+    other = hwnas.run.limits_name(job.limits({**values, "params": 40_000.000001}))
+    assert other != hwnas.run.limits_name(limits), "another limit is another result"
+
+
+@pytest.mark.usefixtures("quick")
+def test_proposals_are_kept_before_the_first_of_them_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_in(tmp_path)
+    run = hwnas.run.open_run(job)
+    limits = [job.latency_limit(middle(job))]
+
+    def broken(self: Evaluator, architecture: Architecture) -> Evaluation:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Evaluator, "__call__", broken)
+    with pytest.raises(ZeroDivisionError):
+        hwnas.run.search(job, run, limits)
+    (name,) = {x for x in loop.searches(job, limits).values() if x.startswith("spos")}
+    with contextlib.closing(History(run.history)) as history:
+        (first,) = history.generations(name)
+        assert len(first) == job.recipe.population
+        assert all(history.score(genes) is None for genes in first)
+    assert not run.result(hwnas.run.limits_name(limits)).exists()
 
 
 def test_the_same_seed_gives_the_same_model_under_another_hash_seed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hwnas", "search", "--space", SPACE, "--device", "simulated"]
-    command += ["--recipe", "smoke", "--limit-fraction", "0.5", "--json", "--run", "run"]
+    command += ["--recipe", "smoke", "--limit-fraction", "0.5", "--json"]
 
-    def search(hash_seed: str) -> dict[str, Any]:
-        folder = tmp_path / hash_seed
-        folder.mkdir()
-        answer = subprocess.run(
-            command,
-            cwd=folder,
-            env={**os.environ, "PYTHONHASHSEED": hash_seed},
-            capture_output=True,
+    processes = {
+        hash_seed: subprocess.Popen(
+            [*command, "--run", f"run-{hash_seed}", "--tables", f"tables-{hash_seed}"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             text=True,
-            check=True,
         )
-        summary: dict[str, Any] = json.loads(answer.stdout)
-        summary["hash"] = hwnas.run.certificates.sha256(folder / summary["model"])
-        return summary
-
-    first, second = search("1"), search("2")
+        for hash_seed in ("1", "2")
+    }
+    first, second = (json.loads(process.communicate()[0]) for process in processes.values())
     assert first["architecture"] == second["architecture"]
-    assert first["hash"] == second["hash"]
+    models = [(tmp_path / summary["model"]).read_bytes() for summary in (first, second)]
+    assert models[0] == models[1]
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_table_measured_anew_is_searched_anew(tmp_path: Path) -> None:
     job, run, summary = certified(tmp_path)
     result = Path(summary["model"]).parent
@@ -295,10 +399,53 @@ def test_finalists_that_all_measure_over_the_limit_are_not_shipped(
     assert not (run.best() / "model.onnx").exists()
 
 
-def measured_here(job: Job, paths: Sequence[Path]) -> list[Measurement]:
-    """The same measurement without fresh processes, so that this process's device counts."""
-    found = []
-    for path in paths:
-        with job.profiler.prepare(onnx.load(path)) as session:
-            found.append(summarise([session.block(job.recipe.protocol)], job.recipe.protocol))
-    return found
+@pytest.mark.parametrize("over", [0, 1])
+def test_a_finalist_that_measures_over_the_limit_is_not_the_one_that_ships(
+    over: int, finished: tuple[Job, Run, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, run, summary = finished
+    limit = job.latency_limit(summary["limits"]["latency_ms"]["value"])
+    result = Path(summary["model"]).parent
+
+    def one_is_slow(job: Job, paths: Sequence[Path]) -> list[Measurement]:
+        found = measured_here(job, paths)
+        slow = 2000 * limit.value
+        found[over] = dataclasses.replace(found[over], median_us=slow, p95_us=slow)
+        return found
+
+    monkeypatch.setattr("hwnas.ship.measure", one_is_slow)
+    content = hwnas.run.verify(job, run, [limit])
+    shipped = result / f"finalist-{1 - over}"
+    assert (result / "model.onnx").read_bytes() == shipped.with_suffix(".onnx").read_bytes()
+    assert (result / "weights.pt").read_bytes() == shipped.with_suffix(".pt").read_bytes()
+    finalist = loop.read_finalists(result)[1 - over]
+    assert content["architecture"] == job.space.describe(Architecture(finalist.genes))
+    monkeypatch.undo()
+    hwnas.run.verify(job, run, [limit])
+
+
+def test_a_file_that_does_not_answer_as_its_network_is_not_shipped(
+    finished: tuple[Job, Run, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, run, summary = finished
+    strict = Job(
+        dataclasses.replace(job.request, recipe={"name": "smoke", "least_agreement": 0.97})
+    )
+    agreed = Agreement(images=400, same_class=0.96, largest_difference=1.0, logit_range=2.0)
+    monkeypatch.setattr("hwnas.ship.agreement", lambda *_: agreed)
+    before = Path(summary["certificate"]).read_bytes()
+    with pytest.raises(HwnasError, match=r"finalist-0\.onnx answers as .* on 96\.0% of the images"):
+        hwnas.run.export(strict, run, Path(summary["model"]).parent)
+    assert Path(summary["certificate"]).read_bytes() == before
+
+
+def test_a_certificate_of_another_host_is_refused(
+    finished: tuple[Job, Run, dict[str, Any]], tmp_path: Path
+) -> None:
+    job, _, summary = finished
+    content = json.loads(Path(summary["certificate"]).read_text())
+    content["host"]["cpu"] = "another processor"
+    (tmp_path / "certificate.json").write_text(json.dumps(content))
+    (tmp_path / "model.onnx").write_bytes(Path(summary["model"]).read_bytes())
+    with pytest.raises(InvalidInput, match=r"another host \(cpu: "):
+        hwnas.run.remeasure(job, tmp_path)
