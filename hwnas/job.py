@@ -22,6 +22,7 @@ from hwnas.recipes import Recipe, recipe
 from hwnas.spaces.base import Architecture, SearchSpace
 from hwnas.spaces.registry import image_size, load_space
 from hwnas.store import RUN_TABLE, Run, RunConfig
+from latency_tables.files import explained
 from latency_tables.model import LatencyModel, MeasuredNetwork, calibrate
 from latency_tables.ops import OpSpec
 from latency_tables.table import LatencyTable
@@ -323,7 +324,8 @@ def _calibrate(job: Job, table: LatencyTable, journal: Path) -> LatencyModel:
             model = emit(ops, parameters, job.profiler.runtime)
             job.profiler.check(model)
             paths.append(Path(folder) / f"{number}.onnx")
-            paths[-1].write_bytes(model.SerializeToString())
+            with explained(paths[-1]):
+                paths[-1].write_bytes(model.SerializeToString())
             job.progress("building whole networks", number + 1, len(chains))
         measured = measure(job, paths, journal)
     networks = [

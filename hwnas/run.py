@@ -13,6 +13,7 @@ import numpy as np
 from hwnas import store
 from hwnas.costs.feasible import FeasibleSet
 from hwnas.costs.limits import Limit
+from hwnas.costs.population import genes_of
 from hwnas.estimate import estimate
 from hwnas.export import certificate as certificates
 from hwnas.history import History
@@ -22,7 +23,7 @@ from hwnas.report import page
 from hwnas.report.page import limit_text, number
 from hwnas.retrain import accuracy as torch_accuracy
 from hwnas.scoring import train
-from hwnas.ship import export, remeasure, retrain_finalists, verify
+from hwnas.ship import export, is_shipped, remeasure, retrain_finalists, verify
 from hwnas.spaces.base import Architecture, SearchSpace
 from hwnas.store import Run, list_runs, read_run
 from quant.errors import Unstable
@@ -47,7 +48,7 @@ def search_to_certificate(job: Job, run: Run, limits: Sequence[Limit]) -> dict[s
     result = run.result(limits_name(limits))
     file = result / "certificate.json"
     content = certificates.read_certificate(file) if file.exists() else None
-    if content is None or not content["measured"]["stable"]:
+    if content is None or not (content["measured"]["stable"] and is_shipped(result, content)):
         content = verify(job, run, limits)
     summary = {
         "status": "ok" if content["measured"]["stable"] else "unstable",
@@ -110,7 +111,7 @@ def _points(job: Job, run: Run, feasible: FeasibleSet) -> list[list[page.Point]]
     with closing(History(run.history)) as history:
         for name in searches(job, feasible.limits).values():
             found = ranked(feasible, history, [name])
-            genes = np.array([a.genes for a, _ in found], np.int64).reshape(len(found), -1)
+            genes = genes_of([architecture for architecture, _ in found])
             sums = job.latency.totals(job.space, genes) if found else np.zeros(0)
             points.append(
                 [

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -158,13 +159,16 @@ def outcome(*, as_json: bool, quiet: bool = False, verbose: bool = False) -> Ite
 
 
 def refusal(error: OSError) -> InvalidInput | None:
-    """The system's refusal as a sentence; None where it is none, but a defect of ours."""
+    """The system's refusal as a sentence; None where it is none, but a defect of ours. What has no
+    name is a temporary file: all others are named where they are written.
+    """
     reason = error.strerror or str(error)
     if error.errno not in REFUSED and "usable temporary directory" not in reason:
         return None
+    where = error.filename or tempfile.tempdir or "The temporary folder"
     told = "read or written" if error.errno in (errno.EACCES, errno.EPERM) else "written"
     return InvalidInput(
-        f"{error.filename or 'A file'} cannot be {told}: {reason}.",
+        f"{where} cannot be {told}: {reason}.",
         next_step="free some space or name another place; nothing that was there is lost, and the "
         "same command goes on",
     )

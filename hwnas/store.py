@@ -95,7 +95,13 @@ class Run:
             raise InvalidInput(
                 f"{self.path} holds no result yet.", next_step="run hwnas search --latency-ms X"
             )
-        return self.path / pointer.read_text().strip()
+        try:
+            return self.path / pointer.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInput(
+                f"{pointer} does not name a result: {' '.join(str(error).split())}.",
+                next_step="remove it; hwnas search writes it again",
+            ) from error
 
     def point_to(self, result: Path) -> None:
         """Make a result the newest."""
@@ -188,7 +194,10 @@ def read_run(path: Path) -> Run:
             f"{path} is not a run.", accepted="a directory that hwnas search made"
         ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InvalidInput(f"{file} is not readable YAML: {error}.") from error
+        reason = " ".join(str(error).split())
+        raise InvalidInput(
+            f"{file} is not readable YAML: {reason}.", next_step="name another --run"
+        ) from error
     except ValidationError as error:
         raise InvalidInput(
             f"{file}: {first_error(error)}.",

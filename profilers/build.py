@@ -90,7 +90,8 @@ def build_rows(
             if not journal.count(op.key):
                 profiler.check(model)
             files.append(Path(folder) / f"{number}.onnx")
-            files[-1].write_bytes(model.SerializeToString())
+            with explained(files[-1]):
+                files[-1].write_bytes(model.SerializeToString())
             progress(
                 "checking that every op runs in its declared kernels", number + 1, len(missing)
             )

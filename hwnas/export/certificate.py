@@ -9,6 +9,10 @@ import latency_tables
 from latency_tables.files import write_text
 from quant.errors import InvalidInput
 
+_FIELDS = (
+    "limits", "upper", "holds", "predicted", "measured", "accuracy", "architecture", "counts",
+    "hashes", "host",
+)  # fmt: skip
 _SOURCES = ("quant", "latency_tables", "profilers", "hwnas")
 
 
@@ -34,13 +38,16 @@ def write_certificate(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_certificate(path: Path) -> dict[str, Any]:
-    """Read a certificate; raises InvalidInput where it is not one."""
+    """Read a certificate; raises InvalidInput where it is not a whole one."""
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not an object")
+        if absent := [name for name in _FIELDS if not content.get(name)]:
+            raise ValueError(f"it lacks {absent[0]!r}")
         return content
     except (OSError, ValueError) as error:
         raise InvalidInput(
-            f"{path} is not a certificate: {error}.", next_step="run hwnas search again"
+            f"{path} is not a certificate: {error}.",
+            next_step="remove it; hwnas search or verify then measures and certifies again",
         ) from error

@@ -37,8 +37,13 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     shared = summary["search_val_shared_weights"]
     name = summary["method"]["name"]
     verdict = "stable" if measured["stable"] else "UNSTABLE"
+    limits = summary["limits"]
+
+    def binds(cost: str) -> bool:
+        return bool(limits[cost]["binding"])  # what does not bind is said first
+
     return [
-        *(("limit", _limit(summary, cost)) for cost in summary["limits"]),
+        *(("limit", _limit(summary, cost)) for cost in sorted(limits, key=binds)),
         ("predicted", f"{predicted['latency_ms']:.4g} ms"),
         ("bound", f"{predicted['upper_latency_ms']:.4g} ms at {predicted['coverage']:.0%}"),
         (

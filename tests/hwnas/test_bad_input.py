@@ -244,6 +244,7 @@ DAMAGED: list[tuple[str, Damage, tuple[str, ...], str]] = [
     (f"{RESULT}/certificate.json", cut(0.9), of_run("verify"), "is not a certificate"),
     (f"{RESULT}/certificate.json", holding("[]"), of_run("verify"), "is not a certificate"),
     (f"{RESULT}/model.onnx", cut(0.5), of_run("verify"), "is not the file that its certificate"),
+    (f"{RESULT}/model.onnx", Path.unlink, of_run("verify"), "is not the file that its certificate"),
     (f"{RESULT}/model.onnx", cut(0.5), ("predict", f"{RESULT}/model.onnx", "--json"),
      "is not a readable ONNX file"),
     (f"{RESULT}/architecture.json", cut(0.5), ("predict", f"{RESULT}/architecture.json", "--json"),
@@ -262,7 +263,7 @@ DAMAGED: list[tuple[str, Damage, tuple[str, ...], str]] = [
 @pytest.mark.parametrize(
     ("file", "damage", "command", "words"),
     DAMAGED,
-    ids=[f"{Path(d[0]).name}, {d[3]}, {d[2][0]}" for d in DAMAGED],
+    ids=[f"{Path(file).name}, {words}, {command[0]}" for file, _, command, words in DAMAGED],
 )
 def test_a_damaged_file_is_named_in_one_sentence_and_nothing_is_lost(
     file: str, damage: Damage, command: tuple[str, ...], words: str, folder: Path
@@ -638,8 +639,8 @@ def full_history(patch: pytest.MonkeyPatch) -> None:
         (full_journal, ".journal cannot be written: No space left on device"),
         (full_temporary_folder, "the-temporary-folder/tmp1 cannot be written: No space left"),
         (no_temporary_folder, "cannot be written: No usable temporary directory found"),
-        (full_temporary_models, "cannot be written: No space left on device"),
-        (full_temporary_file, "cannot be written: No space left on device"),
+        (full_temporary_models, ".onnx cannot be written: No space left on device"),
+        (full_temporary_file, f"{tempfile.gettempdir()} cannot be written: No space left"),
         (full_history, "run/search.sqlite cannot be written: database or disk is full"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
@@ -677,6 +678,7 @@ def test_files_that_the_system_lets_grow_no_further_are_one_sentence(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert_refused(answer, "cannot be written")
+    assert "A file " not in answer.told, "it is named"
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".partial")]
     assert_finishes(tmp_path, finished)
 

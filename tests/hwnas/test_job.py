@@ -609,7 +609,7 @@ def test_a_space_with_too_few_networks_to_calibrate_on_is_refused(tmp_path: Path
     with pytest.raises(InvalidInput) as caught:
         _ = job.table
     assert caught.value.what == "8 networks of few are too few to calibrate on."
-    assert caught.value.accepted == "a space with at least 10"
+    assert caught.value.accepted == "a space, and a recipe's calibration, of at least 10"
 
 
 def test_the_table_is_another_one_once_any_row_or_the_model_changes(tmp_path: Path) -> None:

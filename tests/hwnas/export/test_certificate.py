@@ -72,7 +72,9 @@ def test_the_code_version_tells_any_change_of_the_source(tmp_path: Path) -> None
 
 
 def test_a_certificate_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    content = {"limits": {"latency_ms": 0.21}, "text": "ü", "list": [1, None, True]}
+    names = ("upper", "holds", "predicted", "measured", "accuracy", "architecture", "counts")
+    content: dict[str, object] = {name: {"a": 1} for name in (*names, "hashes", "host")}
+    content |= {"limits": {"latency_ms": 0.21}, "text": "ü", "list": [1, None, True]}
     path = tmp_path / "results" / "certificate.json"
     write_certificate(path, content)
     assert read_certificate(path) == content
