@@ -44,6 +44,7 @@ from hwnas.opening import (
     opened_limits,
     opened_result,
     tables_folder,
+    tell_range,
 )
 from hwnas.screen import Rows, Screen, columns, outcome, to_standard_output, unread
 from quant.errors import InvalidInput
@@ -139,6 +140,7 @@ def train(
         where = hwnas.run.open_run(job)
         screen.known["run"] = str(where.path)
         with where.locked():
+            tell_range(job, screen)
             announce_recipe(job, where, (), screen)
             hwnas.run.train(job, where)
         steps = job.recipe.supernet.steps

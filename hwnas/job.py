@@ -270,6 +270,11 @@ def plan(job: Job) -> Plan:
     return Plan(len(ops), missing, networks, rows + whole, (low, high))
 
 
+def is_profiled(job: Job) -> bool:
+    """Whether a table with all that the space needs is there."""
+    return _known_table(job) is not None
+
+
 def _known_table(job: Job) -> LatencyTable | None:
     """A table that has all: in the folder of tables, else the run's own copy."""
     for path in (job.table_path, job.request.run and job.request.run / RUN_TABLE):

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,16 @@ def opened_result(
     screen.known["run"] = str(where.path)
     with screen.progress() as progress, where.locked():
         job = hwnas.run.Job(hwnas.run.request_of(where, tables_folder(tables)), progress)
+        tell_range(job, screen)
         yield job, where, where.best()
+
+
+def tell_range(job: "Job", screen: Screen) -> None:
+    """Note the reachable latency where a table is there that tells it; nothing is measured."""
+    with suppress(InvalidInput):  # a stage that needs no table does not fail for one
+        if hwnas.run.is_profiled(job):
+            found = job.latency_range()
+            screen.feasible({"latency_ms": found.smallest}, {"latency_ms": found.largest})
 
 
 def tables_folder(given: Path | None) -> Path:
