@@ -54,8 +54,7 @@ def estimate(job: Job, run: Run, limits: Sequence[Limit]) -> Estimate:
 def _left(job: Job, run: Run, limits: Sequence[Limit]) -> tuple[int, int]:
     """Architectures still to be scored, and finalists still to be trained."""
     recipe, result = job.recipe, run.result(limits_name(limits))
-    asked = {"limits": {limit.cost.name: limit.value for limit in limits}, "table": job.table_id}
-    if is_answered(result, asked):
+    if is_answered(job, result, limits):
         if (result / "certificate.json").exists():
             return 0, 0
         numbers = range(len(read_finalists(result)))

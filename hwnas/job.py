@@ -210,11 +210,7 @@ class Job:
         Raises InvalidInput for an unknown name and for a value that is not positive, Unreachable
         where a limit that needs no table cannot be met.
         """
-        for name, value in values.items():
-            if name not in LIMITS:
-                raise InvalidInput(f"{name!r} is not a limit.", accepted=", ".join(LIMITS))
-            if not 0 < value < math.inf:
-                raise InvalidInput(f"{LIMITS[name]} is {value}.", accepted="a positive number")
+        check_limits(values)
         counted = [
             Limit(self.cost(name), float(values[name]))
             for name in LIMITS
@@ -231,6 +227,15 @@ class Job:
     def latency_range(self) -> Range:
         """The smallest and largest upper bound that the space can reach."""
         return reachable(self.space, self.latency)
+
+
+def check_limits(values: Mapping[str, float]) -> None:
+    """Raise InvalidInput for an unknown cost, and for a value that is not positive."""
+    for name, value in values.items():
+        if name not in LIMITS:
+            raise InvalidInput(f"{name!r} is not a limit.", accepted=", ".join(LIMITS))
+        if not 0 < value < math.inf:
+            raise InvalidInput(f"{LIMITS[name]} is {value}.", accepted="a positive number")
 
 
 def request_of(run: Run, tables: Path) -> Request:

@@ -1,6 +1,5 @@
 """What is there: devices, spaces, tables, runs. Each as plain data, for people and for JSON."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from hwnas.costs.feasible import reachable
 from hwnas.costs.limits import COUNTED, counted_cost
 from hwnas.spaces.registry import SPACES, image_size, load_space
 from hwnas.store import Run, list_runs
+from latency_tables.files import read_object
 from latency_tables.table import LatencyTable
 from profilers.devices import DEVICES, open_profiler
 from profilers.host import usable_cores
@@ -130,7 +130,7 @@ def _result(path: Path) -> dict[str, Any]:
 def _json(path: Path) -> dict[str, Any]:
     """A file's object; empty where it is not there or not whole: listing refuses nothing."""
     try:
-        return _object(json.loads(path.read_text()))
+        return read_object(path)
     except (OSError, ValueError):
         return {}
 

@@ -18,7 +18,7 @@ from hwnas.search.random import RandomSearch
 from hwnas.spaces.base import Architecture
 from hwnas.store import Run
 from hwnas.supernet.evaluator import Evaluator
-from latency_tables.files import write_text
+from latency_tables.files import read_object, write_text
 from quant.errors import InvalidInput
 
 BASELINE = "random"
@@ -27,6 +27,11 @@ BASELINE = "random"
 def limits_name(limits: Sequence[Limit]) -> str:
     """The name of a set of limits, such as `latency_ms=0.21`; other limits have other names."""
     return ",".join(sorted(f"{limit.cost.name}={limit.value!r}" for limit in limits))
+
+
+def values_of(limits: Sequence[Limit]) -> dict[str, float]:
+    """The limits by the name of their cost."""
+    return {limit.cost.name: limit.value for limit in limits}
 
 
 def searches(job: Job, limits: Sequence[Limit]) -> dict[str, str]:
@@ -51,7 +56,7 @@ def run_strategy(
 ) -> None:
     """Ask, score, tell, until the recipe's evaluations are done or nothing is left to propose."""
     strategy = _strategy(job, name, feasible)
-    limits = {limit.cost.name: limit.value for limit in feasible.limits}
+    limits = values_of(feasible.limits)
     search_name = searches(job, feasible.limits)[name]
     known = history.generations(search_name)
     budget, done, number = job.recipe.evaluations, 0, 0
@@ -121,8 +126,7 @@ def search(job: Job, run: Run, limits: Sequence[Limit]) -> list[Finalist]:
     """
     feasible = FeasibleSet(job.space, limits)
     result = run.result(limits_name(limits))
-    asked = {"limits": {limit.cost.name: limit.value for limit in limits}, "table": job.table_id}
-    if not is_answered(result, asked):
+    if not is_answered(job, result, limits):
         score = evaluator(job, train(job, run))
         names = searches(job, limits)
         with closing(History(run.history)) as history:
@@ -133,19 +137,24 @@ def search(job: Job, run: Run, limits: Sequence[Limit]) -> list[Finalist]:
         job.table.save(run.table)
         for stale in result.glob("*"):
             stale.unlink()
-        content = {**asked, "finalists": [asdict(item) for item in chosen]}
+        content = {**_question(job, limits), "finalists": [asdict(item) for item in chosen]}
         write_text(result / "finalists.json", json.dumps(content, indent=2) + "\n")
         run.log("search", limits=limits_name(limits), finalists=len(chosen))
     run.point_to(result)
     return read_finalists(result)
 
 
-def is_answered(result: Path, asked: dict[str, Any]) -> bool:
+def _question(job: Job, limits: Sequence[Limit]) -> dict[str, Any]:
+    """What finalists answer: other limits, or a table measured anew, have other finalists."""
+    return {"limits": values_of(limits), "table": job.table_id}
+
+
+def is_answered(job: Job, result: Path, limits: Sequence[Limit]) -> bool:
     """Whether a result holds the finalists of this very question."""
     if not (result / "finalists.json").exists():
         return False
     outcome = _search_outcome(result)
-    return all(outcome.get(name) == value for name, value in asked.items())
+    return all(outcome.get(name) == value for name, value in _question(job, limits).items())
 
 
 def _finalist(
@@ -184,10 +193,7 @@ def _search_outcome(result: Path) -> dict[str, Any]:
     if not file.exists():
         raise InvalidInput(f"{result} has no finalists yet.", next_step="run hwnas search")
     try:
-        content = json.loads(file.read_text())
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, not an object")
-        return content
+        return read_object(file)
     except (OSError, ValueError) as error:
         raise _damaged(result, error) from error
 

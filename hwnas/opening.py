@@ -82,11 +82,7 @@ def opened_limits(
     job: "Job", limited: dict[str, float], fraction: float | None, screen: Screen
 ) -> list["Limit"]:
     """The limits asked for, the table measured where it is missing; what is known is told first."""
-    for name, value in limited.items():
-        if not 0 < value < math.inf:  # the latency too, before anything is measured for it
-            raise InvalidInput(
-                f"{hwnas.run.LIMITS[name]} is {value}.", accepted="a positive number"
-            )
+    hwnas.run.check_limits(limited)  # the latency too, before anything is measured for it
     counted = {name: value for name, value in limited.items() if name != "latency_ms"}
     known = job.limits(counted)  # refused at once where no table is needed to know better
     plan = hwnas.run.plan(job)

@@ -1,7 +1,6 @@
 """The latency that a table predicts for one network, op by op."""
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import onnx
 
 from hwnas.job import Job
 from hwnas.store import RUN_TABLE
+from latency_tables.files import read_object
 from latency_tables.ops import OpSpec
 from latency_tables.table import LatencyTable
 from profilers.graphs import emit, random_parameters, read_ops
@@ -142,9 +142,7 @@ def _nodes(graph: onnx.GraphProto) -> list[tuple[str, str, bytes, list[Any]]]:
 def ops_of_architecture(path: Path, job: Job) -> list[OpSpec]:
     """The ops of an architecture.json in the job's space."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+        content = read_object(path)
     except (OSError, ValueError) as error:
         raise InvalidInput(
             f"{path} is not an architecture: {error}.",

@@ -9,8 +9,9 @@ from torch import Tensor
 from hwnas.batches import evaluation_batch, in_order
 from hwnas.data import Splits
 from hwnas.recipes import TrainingRecipe
-from hwnas.training import Checkpoint, Progress, train_steps
+from hwnas.training import Checkpoint, train_steps
 from hwnas.weights import damaged, load_state, save_state
+from profilers.build import Progress
 from profilers.modules import Network
 
 

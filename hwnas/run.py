@@ -17,7 +17,16 @@ from hwnas.costs.population import genes_of
 from hwnas.estimate import estimate
 from hwnas.export import certificate as certificates
 from hwnas.history import History
-from hwnas.job import LIMITS, Job, Request, is_profiled, plan, request_fields, request_of
+from hwnas.job import (
+    LIMITS,
+    Job,
+    Request,
+    check_limits,
+    is_profiled,
+    plan,
+    request_fields,
+    request_of,
+)
 from hwnas.loop import limits_name, ranked, read_limits, search, searches
 from hwnas.report import page
 from hwnas.report.page import limit_text, number
@@ -29,11 +38,11 @@ from hwnas.store import Run, list_runs, read_run
 from quant.errors import Unstable
 
 __all__ = [
-    "LIMITS", "FeasibleSet", "Job", "Request", "estimate", "export", "feasible_range",
-    "is_profiled",
-    "limit_text", "limits_name", "list_runs", "number", "open_run", "plan", "read_limits",
-    "read_run", "remeasure", "request_fields", "request_of", "result_rows", "retrain_finalists",
-    "search", "search_to_certificate", "torch_accuracy", "train", "verify",
+    "LIMITS", "FeasibleSet", "Job", "Request", "check_limits", "estimate", "export",
+    "feasible_range", "is_profiled", "limit_text", "limits_name", "list_runs", "number",
+    "open_run", "plan", "read_limits", "read_run", "remeasure", "request_fields", "request_of",
+    "result_rows", "retrain_finalists", "search", "search_to_certificate", "torch_accuracy",
+    "train", "verify",
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from hwnas.costs.limits import Limit
 from hwnas.export import certificate as certificates
 from hwnas.export.onnx_file import Agreement, accuracy, agreement, write_onnx
 from hwnas.job import LATENCY, Job, measure
-from hwnas.loop import Finalist, limits_name, read_finalists
+from hwnas.loop import Finalist, limits_name, read_finalists, values_of
 from hwnas.retrain import accuracy as torch_accuracy
 from hwnas.retrain import load_weights, retrain, save_weights
 from hwnas.scoring import evaluator, train
@@ -104,7 +104,7 @@ def verify(job: Job, run: Run, limits: Sequence[Limit]) -> dict[str, Any]:
     result = run.result(limits_name(limits))
     candidates = export(job, run, result)
     measured = measure(job, [candidate.path for candidate in candidates])
-    asked = {limit.cost.name: limit.value for limit in limits}
+    asked = values_of(limits)
     under = [
         (candidate, m)
         for candidate, m in zip(candidates, measured, strict=True)
@@ -199,9 +199,9 @@ def _certificate(
     ops = job.space.lower(Architecture(finalist.genes))
     return {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "limits": {limit.cost.name: limit.value for limit in limits},
+        "limits": values_of(limits),
         "upper": finalist.upper,
-        "holds": _limits_hold({x.cost.name: x.value for x in limits}, measurement, shipped.path),
+        "holds": _limits_hold(values_of(limits), measurement, shipped.path),
         "predicted": {
             "latency_ms": finalist.latency_ms,
             "upper_latency_ms": finalist.upper_latency_ms,

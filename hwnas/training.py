@@ -14,6 +14,7 @@ from hwnas.batches import step_batch
 from hwnas.data import Images
 from hwnas.recipes import TrainingRecipe
 from hwnas.weights import damaged, load_state, save_state
+from profilers.build import Progress
 from profilers.measure import now_s
 from quant.errors import InvalidInput
 
@@ -21,8 +22,6 @@ CHECKPOINT_STEPS = 100
 CHECKPOINT_S = 20.0
 """A checkpoint is written after so many steps or seconds, whichever come first: what a stop loses.
 When it is written changes nothing in the result."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import latency_tables
-from latency_tables.files import write_text
+from latency_tables.files import read_object, write_text
 from quant.errors import InvalidInput
 
 _FIELDS = (
@@ -40,9 +40,7 @@ def write_certificate(path: Path, content: dict[str, Any]) -> None:
 def read_certificate(path: Path) -> dict[str, Any]:
     """Read a certificate; raises InvalidInput where it is not a whole one."""
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+        content = read_object(path)
         if absent := [name for name in _FIELDS if not content.get(name)]:
             raise ValueError(f"it lacks {absent[0]!r}")
         return content

@@ -11,7 +11,8 @@ from hwnas.data import Splits
 from hwnas.recipes import TrainingRecipe
 from hwnas.spaces.base import Architecture
 from hwnas.supernet.network import Supernet
-from hwnas.training import CHECKPOINT_STEPS, Checkpoint, Progress, restore, train_steps
+from hwnas.training import CHECKPOINT_STEPS, Checkpoint, restore, train_steps
+from profilers.build import Progress
 
 
 class Sampler(Protocol):
