@@ -137,6 +137,7 @@ def train(
     Example: hwnas train --data folder:photos --space mobile
     """
     with _command(locals()) as screen, opened_job(locals(), screen) as (job, _):
+        job.check_images()
         where = hwnas.run.open_run(job)
         screen.known["run"] = str(where.path)
         with where.locked():
@@ -195,6 +196,7 @@ def search(
                 + ", ".join(f"{f} X" for f in hwnas.run.LIMITS.values()),
                 next_step="hwnas search --limit-fraction 0.5",
             )
+        job.check_images()
         limits = opened_limits(job, limited, limit_fraction, screen)
         feasible = hwnas.run.FeasibleSet(job.space, limits)
         announce_feasibility(feasible, screen)

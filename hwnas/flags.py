@@ -28,8 +28,8 @@ Space = Annotated[
 Data = Annotated[
     str | None,
     typer.Option(
-        help="digits, FILE.npz, folder:DIR, fashion-mnist:DIR or torchvision:NAME. "
-        "(default: digits)",
+        help="digits, FILE.npz, folder:DIR, fashion-mnist:DIR, torchvision:NAME, or to profile "
+        "before there are images none:CLASSES. (default: digits)",
         rich_help_panel=_WHAT,
     ),
 ]

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,17 +12,16 @@ from typing import Any
 import numpy as np
 
 import hwnas.data
+from hwnas.calibration import calibrated
 from hwnas.costs.feasible import FeasibleSet, Range, reachable
 from hwnas.costs.limits import AdditiveCost, Cost, Limit, counted_cost, latency_cost, size_cost
-from hwnas.costs.samplers import UniformSampler
 from hwnas.data import Splits
 from hwnas.methods.registry import method
 from hwnas.recipes import Recipe, recipe
-from hwnas.spaces.base import Architecture, SearchSpace
+from hwnas.spaces.base import SearchSpace
 from hwnas.spaces.registry import image_size, load_space
 from hwnas.store import RUN_TABLE, Run, RunConfig
-from latency_tables.files import explained
-from latency_tables.model import LatencyModel, MeasuredNetwork, calibrate
+from latency_tables.model import LatencyModel
 from latency_tables.ops import OpSpec
 from latency_tables.table import LatencyTable
 from profilers.base import Profiler
@@ -33,18 +31,17 @@ from profilers.build import (
     forget,
     measure_models,
     minutes,
+    missing_chains,
     open_table,
     quiet,
     table_lock,
 )
 from profilers.devices import open_profiler
 from profilers.graphs import emit, random_parameters
-from profilers.measure import Measurement
+from profilers.measure import Measurement, summarise
 from profilers.sizes import BASE_BYTES, file_bytes
 from quant.errors import InvalidInput
 
-CALIBRATION_SEED = 1
-LEAST_NETWORKS = 10
 LATENCY = "latency_ms"
 
 LIMITS = {
@@ -111,6 +108,14 @@ class Job:
         size = image_size(self.request.space) if asked is None else asked
         return hwnas.data.load(self.request.data, size=size, resize=asked is not None)
 
+    def check_images(self) -> None:
+        """Raise InvalidInput where there are no images to train on."""
+        if not len(self.splits.train):
+            raise InvalidInput(
+                f"--data {self.request.data} has no images to train on.",
+                accepted=f"one of {', '.join(hwnas.data.FORMS[:-1])}",
+            )
+
     @cached_property
     def space(self) -> SearchSpace:
         """The space, for the data's classes and images."""
@@ -144,7 +149,9 @@ class Job:
     @cached_property
     def table_id(self) -> str:
         """A hash of what the table predicts for this space: rows and model."""
-        rows = [(op.key, self.table.lookup(op).median_us) for op in self.space.lattice.ops]
+        ops = self.space.lattice.ops
+        inside = zip(ops, self.table.in_network_us(ops), strict=True)
+        rows = [(op.key, us) for op, us in inside]
         text = json.dumps([rows, self.model.to_dict()])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -266,7 +273,7 @@ def plan(job: Job) -> Plan:
     if found is not None:
         return Plan(len(ops), 0, 0, 0.0, (0.0, 0.0))
     table = open_table(job.profiler, job.table_path, protocol)
-    missing = len(table.missing(ops))
+    missing = len(missing_chains(table, ops))
     networks = job.recipe.calibration.networks if job.model_name not in table.models else 0
     low, high = _probe_ms(job)
     each_ms = (low + high) / 2
@@ -285,7 +292,7 @@ def _known_table(job: Job) -> LatencyTable | None:
     for path in (job.table_path, job.request.run and job.request.run / RUN_TABLE):
         if path is not None and path.exists():
             table = open_table(job.profiler, path, job.recipe.protocol)
-            if job.model_name in table.models and not table.missing(job.space.lattice.ops):
+            if job.model_name in table.models and not missing_chains(table, job.space.lattice.ops):
                 return table
     return None
 
@@ -303,62 +310,31 @@ def profile(job: Job) -> LatencyTable:
         return known
     with table_lock(job.table_path):
         ops, protocol = job.space.lattice.ops, job.recipe.protocol
-        table = build_rows(job.profiler, ops, job.table_path, protocol, job.progress)
+        low_ms, high_ms = _probe_ms(job)
+        table = build_rows(
+            job.profiler,
+            ops,
+            job.table_path,
+            protocol,
+            job.progress,
+            network_us=1000 * math.sqrt(low_ms * high_ms),
+        )
         if job.model_name not in table.models:
-            table.models[job.model_name] = _calibrate(job, table, journal)
+            table.models[job.model_name] = calibrated(
+                job.space, job.profiler, table, job.recipe, journal=journal, progress=job.progress
+            )
             table.save(job.table_path)
         forget(journal)
     return table
 
 
-def _calibrate(job: Job, table: LatencyTable, journal: Path) -> LatencyModel:
-    counts = job.recipe.calibration
-    sampler = UniformSampler(job.space)
-    rng = np.random.default_rng(CALIBRATION_SEED)
-    chosen: dict[Architecture, None] = {}
-    for _ in range(20 * counts.networks):
-        if len(chosen) == counts.networks:
-            break
-        chosen[sampler.sample(rng)] = None
-    if len(chosen) < LEAST_NETWORKS:
-        raise InvalidInput(
-            f"{len(chosen)} networks of {job.space.name} are too few to calibrate on.",
-            accepted=f"a space, and a recipe's calibration, of at least {LEAST_NETWORKS}",
-        )
-    chains = [job.space.lower(architecture) for architecture in chosen]
-    with tempfile.TemporaryDirectory() as folder:
-        paths = []
-        for number, ops in enumerate(chains):
-            parameters = [random_parameters(op, np.random.default_rng([number, i]))
-                          for i, op in enumerate(ops)]  # fmt: skip
-            model = emit(ops, parameters, job.profiler.runtime)
-            job.profiler.check(model)
-            paths.append(Path(folder) / f"{number}.onnx")
-            with explained(paths[-1]):
-                paths[-1].write_bytes(model.SerializeToString())
-            job.progress("building whole networks", number + 1, len(chains))
-        measured = measure(job, paths, journal)
-    networks = [
-        MeasuredNetwork(
-            tuple((row.precision, row.median_us) for row in map(table.lookup, ops)), m.median_us
-        )
-        for ops, m in zip(chains, measured, strict=True)
-    ]
-    fit = max(4, round(len(networks) * counts.fit / counts.networks))
-    bound = max(1, round(len(networks) * counts.bound / counts.networks))
-    return calibrate(networks[:fit], networks[fit : fit + bound], networks[fit + bound :])
-
-
 def measure(job: Job, paths: Sequence[Path], journal: Path | None = None) -> list[Measurement]:
     """The latency of model files, each in the recipe's number of fresh processes."""
-    return measure_models(
-        job.profiler,
-        paths,
-        job.recipe.protocol,
-        job.progress,
-        processes=job.recipe.processes,
-        journal=journal,
+    protocol, processes = job.recipe.protocol, job.recipe.processes
+    blocks = measure_models(
+        job.profiler, paths, protocol, job.progress, processes=processes, journal=journal
     )
+    return [summarise(each, protocol) for each in blocks]
 
 
 def _probe_ms(job: Job) -> tuple[float, float]:
@@ -372,5 +348,5 @@ def _probe_ms(job: Job) -> tuple[float, float]:
         rng = np.random.default_rng(0)
         model = emit(ops, [random_parameters(op, rng) for op in ops], job.profiler.runtime)
         with job.profiler.prepare(model) as session:
-            times.append(float(np.median(session.block(job.recipe.protocol))) / 1000)
+            times.append(float(np.median(session.block(job.recipe.protocol)[:, 0])) / 1000)
     return min(times), max(times)

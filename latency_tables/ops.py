@@ -180,6 +180,23 @@ class OpSpec:
         """What the op hands on."""
         return self.values[-1]
 
+    def adds(self, index: int) -> bool:
+        """Whether the op adds value `index` to another: a residual block its input."""
+        return any(layer.kind == "add" and index in layer.inputs for layer in self.layers)
+
+    @cached_property
+    def boundary(self) -> str:
+        """What entering the op costs hangs on this alone: each input with its format and whether
+        it is added to what the op makes of it, and the precision.
+
+        >>> op = OpBuilder(Precision("w8a8"), Tensor(16, 8, 8))
+        >>> y = op.conv(0, 16, kernel=3, role="conv")
+        >>> op.add(y, 0) and op.build().boundary
+        'fp32:16x8x8 added > w8a8'
+        """
+        inputs = [f"{t} added" if self.adds(i) else str(t) for i, t in enumerate(self.inputs)]
+        return f"{', '.join(inputs)} > {self.precision}"
+
     def layer_inputs(self, index: int) -> list[Tensor]:
         """The inputs of layer `index`."""
         return [self.values[i] for i in self.layers[index].inputs]

@@ -1,26 +1,28 @@
 """Measured rows of one device in one condition, with everything needed to trust them.
 
-One parquet file a condition: the rows, and in the file's metadata the host, the measuring protocol
-and the latency models (`latency_tables.model`) that were calibrated on whole networks.
+One parquet file a condition: the rows of ops and of short chains of ops, and in the file's metadata
+the host, the measuring protocol, the latency models (`latency_tables.model`) that were calibrated
+on whole networks, and how each did on networks measured later.
 """
 
 import difflib
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latency_tables.boundaries import LEAST_SHARE, Chain, savings_us
 from latency_tables.files import write_atomically
 from latency_tables.model import LatencyModel
 from latency_tables.ops import OpSpec
 from quant.errors import TableError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _META = b"hwnas"
 
 
@@ -58,14 +60,19 @@ class Host:
 
 @dataclass(frozen=True)
 class Row:
-    """One op's measurement. `spread` is the interquartile range of the block medians over their
-    median; `stable` tells whether it was small enough.
+    """The measurement of an op, or of a chain of them.
+
+    `ops` is the JSON list of its ops. Times are at the table's pace. The median lies between
+    `low_us` and `high_us` (`profilers.measure.interval`); `spread` is the interquartile range of
+    the block medians over their median; `stable` tells whether they were narrow enough.
     """
 
     key: str
-    op: str
+    ops: str
     precision: str
     median_us: float
+    low_us: float
+    high_us: float
     min_us: float
     p95_us: float
     spread: float
@@ -73,7 +80,7 @@ class Row:
     stable: bool
 
     def __post_init__(self) -> None:
-        for name in ("median_us", "min_us", "p95_us"):
+        for name in ("median_us", "low_us", "high_us", "min_us", "p95_us"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise TableError(
@@ -82,15 +89,33 @@ class Row:
                     next_step="profile this op again",
                 )
 
+    def scaled(self, factor: float) -> "Row":
+        """The row with all its times multiplied."""
+        times = ("median_us", "low_us", "high_us", "min_us", "p95_us")
+        return replace(self, **{name: factor * getattr(self, name) for name in times})
+
+    @property
+    def chain(self) -> Chain:
+        """The ops that were measured together."""
+        return tuple(OpSpec.from_json(text) for text in json.loads(self.ops))
+
 
 @dataclass
 class LatencyTable:
-    """Rows by key, with their host, their protocol and the models fitted on them."""
+    """Rows by key, with their host, their protocol and the models fitted on them.
+
+    `rows` are of single ops, `chains` of several. `pace_us` is how long the clock's fixed
+    arithmetic took when the first rows were measured: the speed of the machine that all rows are
+    told at (1 where a device has none). `reports` has what `hwnas tables check` found, by model.
+    """
 
     host: Host
     protocol: dict[str, Any]
     rows: dict[str, Row] = field(default_factory=dict)
     models: dict[str, LatencyModel] = field(default_factory=dict)
+    chains: dict[str, Row] = field(default_factory=dict)
+    pace_us: float = 1.0
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def lookup(self, op: OpSpec) -> Row:
         """The row of an op; raises TableError that names the nearest known keys."""
@@ -104,6 +129,20 @@ class LatencyTable:
             )
         return row
 
+    def savings_us(self) -> dict[str, float]:
+        """What each boundary saves an op inside a network against the op alone, in us."""
+        costs = {key: row.median_us for key, row in (self.rows | self.chains).items()}
+        return savings_us(costs, [row.chain for row in self.chains.values()])
+
+    def in_network_us(self, ops: Sequence[OpSpec]) -> list[float]:
+        """What ops cost inside a network; raises TableError where a row is missing.
+
+        An op whose boundary no chain crosses, such as a network's first, costs what it does alone.
+        """
+        saved = self.savings_us()
+        alone = [(op, self.lookup(op).median_us) for op in ops]
+        return [max(us - saved.get(op.boundary, 0.0), LEAST_SHARE * us) for op, us in alone]
+
     def missing(self, ops: Iterable[OpSpec]) -> list[OpSpec]:
         """The ops without a row, each key once."""
         return list({op.key: op for op in ops if op.key not in self.rows}.values())
@@ -112,13 +151,22 @@ class LatencyTable:
         """Both tables' rows, `other`'s first; raises TableError where the conditions differ."""
         if difference := self.host.difference(other.host):
             raise TableError(f"The two tables were measured on different hosts ({difference}).")
-        if self.protocol != other.protocol:
-            raise TableError(
-                "The two tables were measured by different protocols "
-                f"({self.protocol} against {other.protocol})."
-            )
+        for name in self.protocol | other.protocol:
+            mine, theirs = self.protocol.get(name), other.protocol.get(name)
+            if mine != theirs:
+                raise TableError(
+                    "The two tables were measured by different protocols "
+                    f"({name}: {mine} against {theirs})."
+                )
+        scale = self.pace_us / other.pace_us
         return LatencyTable(
-            self.host, self.protocol, self.rows | other.rows, self.models | other.models
+            self.host,
+            self.protocol,
+            self.rows | {key: row.scaled(scale) for key, row in other.rows.items()},
+            self.models | other.models,
+            self.chains | {key: row.scaled(scale) for key, row in other.chains.items()},
+            self.pace_us,
+            self.reports | other.reports,
         )
 
     def save(self, path: Path) -> None:
@@ -127,9 +175,12 @@ class LatencyTable:
             "format_version": FORMAT_VERSION,
             "host": asdict(self.host),
             "protocol": self.protocol,
+            "pace_us": self.pace_us,
             "models": {name: model.to_dict() for name, model in self.models.items()},
+            "reports": self.reports,
         }
-        columns = {item.name: [getattr(r, item.name) for r in self.rows.values()] for item in _ROW}
+        rows = [*self.rows.values(), *self.chains.values()]
+        columns = {item.name: [getattr(row, item.name) for row in rows] for item in _ROW}
         data = pa.table(columns, schema=_SCHEMA).replace_schema_metadata({_META: json.dumps(meta)})
         write_atomically(path, lambda temporary: pq.write_table(data, temporary))
 
@@ -162,10 +213,19 @@ class LatencyTable:
                 raise TableError(f"{path} has empty cells.", next_step="profile again")
             rows = [Row(**record) for record in data.select([i.name for i in _ROW]).to_pylist()]
             models = {name: LatencyModel.from_dict(m) for name, m in meta["models"].items()}
-            return cls(Host(**meta["host"]), meta["protocol"], {r.key: r for r in rows}, models)
+            single = [len(json.loads(row.ops)) == 1 for row in rows]
+            return cls(
+                Host(**meta["host"]),
+                meta["protocol"],
+                {row.key: row for row, alone in zip(rows, single, strict=True) if alone},
+                models,
+                {row.key: row for row, alone in zip(rows, single, strict=True) if not alone},
+                float(meta["pace_us"]),
+                meta["reports"],
+            )
         except TableError as error:
             raise TableError(f"{path}: {error}") from error
-        except (AttributeError, TypeError, KeyError) as error:
+        except (AttributeError, TypeError, KeyError, ValueError) as error:
             raise TableError(
                 f"{path} does not read as a table of version {FORMAT_VERSION}: {error}.",
                 next_step="profile again",

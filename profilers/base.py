@@ -5,6 +5,7 @@ methods check the state; a backend writes the methods that begin with an undersc
 """
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -81,8 +82,8 @@ class Profiler(ABC):
         """The provenance of what this profiler measures."""
 
     @abstractmethod
-    def prepare(self, model: onnx.ModelProto) -> Session:
-        """Load a model; one session at a time."""
+    def prepare(self, model: onnx.ModelProto | Path) -> Session:
+        """Load a model, or the file of one; one session at a time."""
 
     @abstractmethod
     def check(self, model: onnx.ModelProto) -> None:

@@ -7,6 +7,7 @@ at once; after an interruption, however hard, the same call goes on where it sto
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,20 +16,21 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import onnx
 
+from latency_tables.boundaries import Chain, chain_key, probes, with_heads
 from latency_tables.files import explained, held, write_text
 from latency_tables.ops import OpSpec
 from latency_tables.table import Host, LatencyTable, Row
 from profilers.base import Profiler
 from profilers.graphs import emit, random_parameters
 from profilers.host import pinned
-from profilers.measure import Measurement, Protocol, Samples, summarise
+from profilers.measure import Protocol, Samples, pace_of, summarise
 from quant.errors import HwnasError, InvalidInput, TableError
 
 Progress = Callable[[str, int, int], None]
@@ -51,10 +53,24 @@ def minutes(
     return count * (timed_s + prepared_s) / 60
 
 
-def row_model(op: OpSpec, profiler: Profiler) -> onnx.ModelProto:
-    """The graph that is timed for an op: the shipped form, with random weights from its key."""
-    rng = np.random.default_rng(zlib.crc32(op.key.encode()))
-    return emit([op], [random_parameters(op, rng)], profiler.runtime)
+def row_model(ops: Chain, profiler: Profiler) -> onnx.ModelProto:
+    """The graph that is timed for an op, or for a chain: the shipped form, with random weights from
+    each op's key.
+    """
+    numbers = [
+        random_parameters(op, np.random.default_rng(zlib.crc32(op.key.encode()))) for op in ops
+    ]
+    return emit(ops, numbers, profiler.runtime)
+
+
+def missing_chains(table: LatencyTable, ops: Sequence[OpSpec]) -> list[Chain]:
+    """What must be measured before the table has all that it takes to price the ops: each op
+    alone, then chains for the boundaries between them.
+    """
+    known = table.savings_us()
+    wanted = [chain for boundary, chain in probes(ops).items() if boundary not in known]
+    chains = [chain for chain in with_heads(wanted) if chain_key(chain) not in table.chains]
+    return [*((op,) for op in table.missing(ops)), *chains]
 
 
 def table_lock(table_path: Path) -> AbstractContextManager[None]:
@@ -68,46 +84,79 @@ def build_rows(
     table_path: Path,
     protocol: Protocol,
     progress: Progress = quiet,
+    *,
+    network_us: float = math.inf,
 ) -> LatencyTable:
-    """Measure the ops that the table at `table_path` lacks, save it, and return it.
+    """Measure what the table at `table_path` lacks to price the ops, save it, and return it.
 
-    The caller holds `table_lock`. Raises TableError where the table or its journal was measured on
-    another host or by another protocol, and `WrongKernels` where an op does not run in the kernels
-    that it declares.
+    `network_us` is about the latency of a network of the ops: rows whose interval is wide against
+    it are measured in more rounds. The caller holds `table_lock`. Raises TableError where the table
+    or its journal was measured on another host or by another protocol, and `WrongKernels` where an
+    op does not run in the kernels that it declares.
     """
     table = open_table(profiler, table_path, protocol)
-    missing = table.missing(ops)
+    missing = {chain_key(chain): chain for chain in missing_chains(table, ops)}
     journal_path = table_path.with_suffix(".journal")
     if not missing:
         with suppress(InvalidInput):  # what a kill between saving and removing left there
-            _Journal(journal_path, "ops", table.host, protocol).remove(table.rows)
+            journal = _Journal(journal_path, "ops", table.host, protocol)
+            journal.remove(table.rows | table.chains)
         return table
     journal = _Journal(journal_path, "ops", table.host, protocol)
     with tempfile.TemporaryDirectory() as folder, pinned(profiler.threads):
-        files = []
-        for number, op in enumerate(missing):
-            model = row_model(op, profiler)
-            if not journal.count(op.key):
+        files = {}
+        for number, (key, chain) in enumerate(missing.items()):
+            model = row_model(chain, profiler)
+            if not journal.count(key):
                 profiler.check(model)
-            files.append(Path(folder) / f"{number}.onnx")
-            with explained(files[-1]):
-                files[-1].write_bytes(model.SerializeToString())
+            files[key] = Path(folder) / f"{number}.onnx"
+            with explained(files[key]):
+                files[key].write_bytes(model.SerializeToString())
             progress(
                 "checking that every op runs in its declared kernels", number + 1, len(missing)
             )
-        for turn in range(protocol.rounds):
-            for number, op in enumerate(missing):
-                if journal.count(op.key) <= turn:
-                    with profiler.prepare(onnx.load(files[number])) as session:
-                        journal.add(op.key, session.block(protocol))
-                done = turn * len(missing) + number + 1
-                progress("timing ops", done, protocol.rounds * len(missing))
-    for op in missing:
-        measured = summarise(journal.blocks[op.key], protocol)
-        table.rows[op.key] = Row(op.key, op.to_json(), op.precision.name, **asdict(measured))
+        for turn in range(protocol.max_rounds):
+            wide = [
+                key
+                for key in missing
+                if turn < protocol.rounds
+                or not _is_narrow(journal.blocks[key], protocol, network_us)
+            ]
+            wide = _shuffled(wide, turn)
+            label = "timing ops" if turn < protocol.rounds else "timing noisy ops again"
+            total = protocol.rounds * len(missing) if turn < protocol.rounds else len(wide)
+            for number, key in enumerate(wide):
+                if journal.count(key) <= turn:
+                    with profiler.prepare(files[key]) as session:
+                        journal.add(key, session.block(protocol))
+                done = turn * len(missing) if turn < protocol.rounds else 0
+                progress(label, done + number + 1, total)
+    blocks = {key: journal.blocks[key] for key in missing}
+    if not table.rows:
+        table.pace_us = pace_of(block for each in blocks.values() for block in each)
+    for key, chain in missing.items():
+        measured = summarise(blocks[key], protocol, pace_us=table.pace_us)
+        stable = measured.stable and _is_narrow(blocks[key], protocol, network_us)
+        times = asdict(replace(measured, stable=stable))
+        del times["latency_us"]  # the median
+        texts = json.dumps([op.to_json() for op in chain])
+        row = Row(key, texts, chain[-1].precision.name, **times)
+        (table.rows if len(chain) == 1 else table.chains)[key] = row
     table.save(table_path)
-    journal.remove(table.rows)
+    journal.remove(table.rows | table.chains)
     return table
+
+
+def _shuffled(keys: Iterable[str], turn: int) -> list[str]:
+    """The keys in an order of the turn's own, so that a drift hits other keys in every turn."""
+    ordered = sorted(keys)
+    return [ordered[place] for place in np.random.default_rng(turn).permutation(len(ordered))]
+
+
+def _is_narrow(blocks: Sequence[Samples], protocol: Protocol, network_us: float) -> bool:
+    """Whether the interval of a row is small against a network's latency, both at one pace."""
+    measured = summarise(blocks, protocol, pace_us=pace_of(blocks))
+    return measured.high_us - measured.low_us <= 2 * protocol.tolerance * network_us
 
 
 def open_table(profiler: Profiler, path: Path, protocol: Protocol) -> LatencyTable:
@@ -139,8 +188,9 @@ def measure_models(
     *,
     processes: int | None = None,
     journal: Path | None = None,
-) -> list[Measurement]:
-    """The latency of whole models, each the median over fresh processes of its block medians.
+) -> list[list[Samples]]:
+    """Time whole models, a block in each of some fresh processes: the blocks of each model, which
+    `summarise` turns into its latency.
 
     With a `journal`, each block is kept there at once under its model file's hash, and the same
     call measures later only what is missing; `forget` the journal once the result is kept. Raises
@@ -153,7 +203,7 @@ def measure_models(
     if done := sum(min(kept.count(key), turns) for key in files):
         progress(label, done, total)
     for turn in range(turns):
-        missing = {key: path for key, path in files.items() if kept.count(key) <= turn}
+        missing = {key: files[key] for key in _shuffled(files, turn) if kept.count(key) <= turn}
         if not missing:
             continue
         with _fresh_process(profiler, list(missing.values()), protocol) as blocks:
@@ -161,7 +211,7 @@ def measure_models(
                 kept.add(key, samples)
                 done += 1
                 progress(label, done, total)
-    return [summarise(kept.blocks[key][:turns], protocol) for key in files]
+    return [kept.blocks[key][:turns] for key in files]
 
 
 def forget(journal: Path) -> None:

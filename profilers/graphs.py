@@ -31,6 +31,12 @@ from quant.precision import ONNXRUNTIME, Grid, Runtime
 # around it. Where its only convolution, or a pool or sigmoid, stands between the input's
 # DequantizeLinear and the next op's QuantizeLinear, it is made integer without a word. A Max of one
 # input after the conversion, which changes no value, keeps both away.
+#
+# A third: a sum runs in the layout of its convolution only where its other input has that layout,
+# and else hands on a tensor that the next op must convert. So what a residual block converts to its
+# own precision passes through a layer that changes the layout and no value: for floats an average
+# over one pixel, for codes a convolution with weights of 1. An op then runs in the same operators
+# after whatever op it comes, which is what makes the costs of ops add up.
 
 OPSET = 21
 IR_VERSION = 10
@@ -135,6 +141,7 @@ def expected_operators(ops: Sequence[OpSpec]) -> Counter[str]:
             count["DequantizeLinear"] += sum(op.inputs[i].format.is_quantised for i in inputs)
             continue
         count["QuantizeLinear"] += sum(i in op.quantisers for i in inputs)
+        count["QLinearConv"] += sum(i in op.quantisers and op.adds(i) for i in inputs)
         for layer in op.layers:
             match layer.kind:
                 case "conv":
@@ -217,10 +224,13 @@ class _Writer:
             if index in op.quantisers:
                 codes = f"{label}.codes"
                 value = self.quantise(codes, self.as_float(value), op, parameters, index)
+                if op.adds(index):
+                    value = self.unchanged(label, value, op.inputs[index].channels)
             elif not op.precision.is_integer and isinstance(value, _Codes):
                 value = self.as_float(value)
                 if _needs_shield(op, index):
-                    value = self.node("Max", label, [value])
+                    one = {"kernel_shape": [1, 1]} if op.adds(index) else {}
+                    value = self.node("AveragePool" if one else "Max", label, [value], **one)
             values.append(value)
         for index, layer in enumerate(op.layers):
             position = len(op.inputs) + index
@@ -321,7 +331,20 @@ class _Writer:
             self.constant(f"{label}.scale", scale),
             self.constant(f"{label}.zero", zero),
         ]
-        return self.node("DequantizeLinear", label, inputs, axis=0)
+        return self.node("DequantizeLinear", label, inputs, **({"axis": 0} if scale.ndim else {}))
+
+    def unchanged(self, label: str, value: _Codes, channels: int) -> _Codes:
+        """The same codes, out of a convolution with a single weight of 1 for each channel."""
+        ones = self.dequantise(
+            f"{label}.ones", np.ones((channels, 1, 1, 1), np.int8), np.array(1, np.float32),
+            np.array(0, np.int8),
+        )  # fmt: skip
+        same = self.node(
+            "Conv", label, [self.as_float(value), ones], kernel_shape=[1, 1], group=channels
+        )
+        codes = f"{label}.kept"
+        self.node("QuantizeLinear", codes, [same, value.scale, value.zero_point])
+        return _Codes(codes, value.scale, value.zero_point, value.step)
 
     def flatten(self, label: str, source: str | _Codes) -> str | _Codes:
         name = source if isinstance(source, str) else source.name

@@ -35,9 +35,9 @@ def session_options(threads: int) -> ort.SessionOptions:
 
 
 class OrtSession(Session):
-    """A model in ONNX Runtime on the CPU."""
+    """A model in ONNX Runtime on the CPU, from its bytes or the path of its file."""
 
-    def __init__(self, model: bytes, *, threads: int, batch: int) -> None:
+    def __init__(self, model: bytes | str, *, threads: int, batch: int) -> None:
         super().__init__()
         self._session = ort.InferenceSession(
             model, session_options(threads), providers=["CPUExecutionProvider"]
@@ -85,8 +85,9 @@ class OrtProfiler(Profiler):
             hostname=platform.node(),
         )
 
-    def prepare(self, model: onnx.ModelProto) -> OrtSession:
-        return OrtSession(model.SerializeToString(), threads=self.threads, batch=self.batch)
+    def prepare(self, model: onnx.ModelProto | Path) -> OrtSession:
+        source = str(model) if isinstance(model, Path) else model.SerializeToString()
+        return OrtSession(source, threads=self.threads, batch=self.batch)
 
     def check(self, model: onnx.ModelProto) -> None:
         expected = expected_operators(read_ops(model))

@@ -1,10 +1,12 @@
 """A device that exists only as a stated cost model: for tests and tutorials, never for a claim.
 
 A call costs `CALL_US`; every op costs `OP_US` plus its MACs at its kernel's rate, its activations
-at one bandwidth, and a quantiser where its input changes format. There is no noise.
+at one bandwidth, and a quantiser where its input changes format. There is no noise, and the pace
+is always 1.
 """
 
 import platform
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -53,7 +55,7 @@ class SimulatedSession(Session):
             return session.run(*inputs)
 
     def _block(self, protocol: Protocol) -> Samples:
-        return np.full(protocol.min_runs, self._latency_us)
+        return np.column_stack(np.broadcast_arrays([self._latency_us] * protocol.min_runs, 1.0))
 
 
 class SimulatedProfiler(Profiler):
@@ -74,8 +76,9 @@ class SimulatedProfiler(Profiler):
             hostname=platform.node(),
         )
 
-    def prepare(self, model: onnx.ModelProto) -> SimulatedSession:
-        return SimulatedSession(model, self.batch)
+    def prepare(self, model: onnx.ModelProto | Path) -> SimulatedSession:
+        loaded = onnx.load(model) if isinstance(model, Path) else model
+        return SimulatedSession(loaded, self.batch)
 
     def check(self, model: onnx.ModelProto) -> None:
         read_ops(model)

@@ -8,8 +8,7 @@ process that gave the job is gone.
 import json
 import os
 import sys
-
-import onnx
+from pathlib import Path
 
 from profilers.devices import open_profiler
 from profilers.host import pinned
@@ -25,7 +24,7 @@ def main() -> None:
         for path in job["models"]:
             if os.getppid() != job["parent"]:
                 return
-            with profiler.prepare(onnx.load(path)) as session:
+            with profiler.prepare(Path(path)) as session:
                 samples = session.block(protocol).round(3).tolist()
             sys.stdout.write(json.dumps(samples) + "\n")
             sys.stdout.flush()

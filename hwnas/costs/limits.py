@@ -126,8 +126,8 @@ def latency_cost(space: SearchSpace, table: LatencyTable, model: LatencyModel) -
             f"the first {missing[0].key!r}.",
             next_step="run hwnas profile for this space",
         )
-    rows = [table.rows[op.key] for op in space.lattice.ops]
-    per_op = np.array([model.op_cost_us(row.precision, row.median_us) for row in rows])
+    inside = zip(space.lattice.ops, table.in_network_us(space.lattice.ops), strict=True)
+    per_op = np.array([model.op_cost_us(op.precision.name, us) for op, us in inside])
     return AdditiveCost("latency_ms", per_op, model.predict_ms, model.upper_ms, model.budget_us)
 
 

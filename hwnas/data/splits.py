@@ -51,7 +51,7 @@ class Splits:
         self.search_val = search_val
         self._test = test
         self._open = False
-        self.classes = int(train.y.max()) + 1
+        self.classes = int(train.y.max()) + 1 if len(train) else len(class_names)
         self.class_names = tuple(class_names or map(str, range(self.classes)))
         if len(self.class_names) != self.classes:
             raise ValueError(f"{len(self.class_names)} names for {self.classes} classes")
