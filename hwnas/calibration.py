@@ -13,11 +13,12 @@ from hwnas.spaces.base import Architecture, SearchSpace
 from latency_tables.files import explained
 from latency_tables.model import LatencyModel, MeasuredNetwork, calibrate
 from latency_tables.ops import OpSpec
+from latency_tables.percentiles import MEDIAN, PERCENTILES
 from latency_tables.table import LatencyTable
 from profilers.base import Profiler
 from profilers.build import Progress, measure_models, quiet
 from profilers.graphs import emit, random_parameters
-from profilers.measure import MEDIAN, Samples, summarise
+from profilers.measure import Samples, summarise
 from quant.errors import InvalidInput
 
 SEED = 1
@@ -75,19 +76,19 @@ def measured_networks(
     blocks: Iterable[Sequence[Samples]],
     table: LatencyTable,
     recipe: Recipe,
-    percentile: float = MEDIAN,
 ) -> list[MeasuredNetwork]:
     """Networks with their blocks, as the latency model takes them: priced by a table."""
     ops_by_key = {op.key: op for ops in chains for op in ops}
     inside = dict(zip(ops_by_key, table.in_network_us(list(ops_by_key.values())), strict=True))
     found = []
     for ops, each in zip(chains, blocks, strict=True):
-        paced, seen = (
-            summarise(each, recipe.protocol, pace_us=pace, percentile=percentile).latency_us
-            for pace in (table.pace_us, None)
-        )
+        paced = summarise(each, recipe.protocol, pace_us=table.pace_us)
+        seen = {
+            percentile: summarise(each, recipe.protocol, percentile=percentile).latency_us
+            for percentile in (MEDIAN, *PERCENTILES)
+        }
         rows = tuple((op.precision.name, inside[op.key]) for op in ops)
-        found.append(MeasuredNetwork(rows, paced, seen))
+        found.append(MeasuredNetwork(rows, paced.latency_us, seen.pop(MEDIAN), seen))
     return found
 
 
@@ -98,7 +99,6 @@ def calibrated(
     recipe: Recipe,
     *,
     journal: Path,
-    percentile: float = MEDIAN,
     progress: Progress = quiet,
 ) -> LatencyModel:
     """The latency model of a space; what was measured before an interruption is in the journal."""
@@ -108,7 +108,7 @@ def calibrated(
         blocks = measure_models(
             profiler, paths, recipe.protocol, progress, processes=recipe.processes, journal=journal
         )
-    return fitted(measured_networks(chains, blocks, table, recipe, percentile), recipe.calibration)
+    return fitted(measured_networks(chains, blocks, table, recipe), recipe.calibration)
 
 
 def fitted(networks: Sequence[MeasuredNetwork], counts: CalibrationRecipe) -> LatencyModel:

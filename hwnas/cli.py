@@ -26,6 +26,7 @@ from hwnas.flags import (
     MaxParams,
     MaxSizeMb,
     Method,
+    Percentile,
     Quiet,
     Recipe,
     RunPath,
@@ -40,6 +41,8 @@ from hwnas.opening import (
     announce_noise,
     announce_profile,
     announce_recipe,
+    is_latency,
+    latency_limits,
     opened_job,
     opened_limits,
     opened_result,
@@ -151,6 +154,7 @@ def train(
 @app.command()
 def search(
     latency_ms: LatencyMs = None,
+    percentile: Percentile = None,
     limit_fraction: LimitFraction = None,
     max_params: MaxParams = None,
     max_macs: MaxMacs = None,
@@ -180,32 +184,34 @@ def search(
     Example: hwnas search --latency-ms 0.25 --max-size-mb 0.2
     """
     flags = locals()
-    with _command(flags) as screen, opened_job(flags, screen) as (job, limited):
-        given = {"latency_ms": latency_ms, "params": max_params, "macs": max_macs,
-                 "size_mb": max_size_mb, "bitops": max_bitops,
-                 "activation_mb": max_activation_mb}  # fmt: skip
-        limited = dict(limited) | {name: x for name, x in given.items() if x is not None}
-        if limit_fraction is not None and latency_ms is not None:
-            raise InvalidInput(
-                "A search needs one latency limit.", accepted="--latency-ms or --limit-fraction"
-            )
-        if not limited and limit_fraction is None:
-            raise InvalidInput(
-                "A search needs one limit or more.",
-                accepted="--limit-fraction F, "
-                + ", ".join(f"{f} X" for f in hwnas.run.LIMITS.values()),
-                next_step="hwnas search --limit-fraction 0.5",
-            )
-        job.check_images()
-        limits = opened_limits(job, limited, limit_fraction, screen)
-        feasible = hwnas.run.FeasibleSet(job.space, limits)
-        announce_feasibility(feasible, screen)
-        where = hwnas.run.open_run(job)
-        screen.known["run"] = str(where.path)
-        with where.locked():
-            announce_recipe(job, where, limits, screen)
-            summary = hwnas.run.search_to_certificate(job, where, limits)
-        screen.done(summary, hwnas.run.result_rows(summary))
+    with _command(flags) as screen:
+        latencies, flags["device"] = latency_limits(latency_ms, percentile, device)
+        given = {"params": max_params, "macs": max_macs, "size_mb": max_size_mb,
+                 "bitops": max_bitops, "activation_mb": max_activation_mb}  # fmt: skip
+        with opened_job(flags, screen) as (job, limited):
+            limited = {n: x for n, x in limited.items() if not (latencies and is_latency(n))}
+            limited |= latencies | {name: x for name, x in given.items() if x is not None}
+            if limit_fraction is not None and latencies:
+                raise InvalidInput(
+                    "A search needs one latency limit.", accepted="--latency-ms or --limit-fraction"
+                )
+            if not limited and limit_fraction is None:
+                raise InvalidInput(
+                    "A search needs one limit or more.",
+                    accepted="--limit-fraction F, "
+                    + ", ".join(f"{f} X" for f in hwnas.run.LIMITS.values()),
+                    next_step="hwnas search --limit-fraction 0.5",
+                )
+            job.check_images()
+            limits = opened_limits(job, limited, limit_fraction, screen)
+            feasible = hwnas.run.FeasibleSet(job.space, limits)
+            announce_feasibility(feasible, screen)
+            where = hwnas.run.open_run(job)
+            screen.known["run"] = str(where.path)
+            with where.locked():
+                announce_recipe(job, where, limits, screen)
+                summary = hwnas.run.search_to_certificate(job, where, limits)
+            screen.done(summary, hwnas.run.result_rows(summary))
 
 
 @app.command()

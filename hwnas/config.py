@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hwnas.conditions import condition
 from hwnas.job import LIMITS
 from hwnas.recipes import Positive, first_error, recipe
 from quant.errors import InvalidInput
@@ -66,7 +67,7 @@ def read_config(path: Path) -> Config:
         reason = " ".join(str(error).split())
         raise InvalidInput(f"--config {path} is not readable YAML: {reason}.") from error
     for name in config.limits:
-        if name not in LIMITS:
+        if name not in LIMITS and condition(name) is None:
             raise InvalidInput(
                 f"--config {path}: limits.{name}: no such field.", accepted=", ".join(LIMITS)
             )

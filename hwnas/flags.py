@@ -116,7 +116,21 @@ def _limit(text: str) -> Any:
     return typer.Option(help=text, rich_help_panel=_LIMITS)
 
 
-LatencyMs = Annotated[float | None, _limit("Latency on the device, in milliseconds.")]
+LatencyMs = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[DEVICE=]MS",
+        help="Latency on the device, in milliseconds; once for each device: cpu=3.",
+        rich_help_panel=_LIMITS,
+    ),
+]
+Percentile = Annotated[
+    int | None,
+    typer.Option(
+        help="Hold this percentile of the calls under --latency-ms: 50, 90 or 95. (default: 50)",
+        rich_help_panel=_LIMITS,
+    ),
+]
 LimitFraction = Annotated[
     float | None,
     typer.Option(

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 
 import hwnas.data
 from hwnas.calibration import calibrated
+from hwnas.conditions import LATENCY, Condition, condition
 from hwnas.costs.feasible import FeasibleSet, Range, reachable
 from hwnas.costs.limits import AdditiveCost, Cost, Limit, counted_cost, latency_cost, size_cost
 from hwnas.data import Splits
@@ -23,6 +24,7 @@ from hwnas.spaces.registry import image_size, load_space
 from hwnas.store import RUN_TABLE, Run, RunConfig
 from latency_tables.model import LatencyModel
 from latency_tables.ops import OpSpec
+from latency_tables.percentiles import MEDIAN
 from latency_tables.table import LatencyTable
 from profilers.base import Profiler
 from profilers.build import (
@@ -41,8 +43,6 @@ from profilers.graphs import emit, random_parameters
 from profilers.measure import Measurement, summarise
 from profilers.sizes import BASE_BYTES, file_bytes
 from quant.errors import InvalidInput
-
-LATENCY = "latency_ms"
 
 LIMITS = {
     LATENCY: "--latency-ms",
@@ -92,14 +92,18 @@ class Plan:
 class Job:
     """A request made concrete: data, space, profiler, table; everything made on first use."""
 
-    def __init__(self, request: Request, progress: Progress = quiet) -> None:
+    def __init__(
+        self, request: Request, progress: Progress = quiet, percentile: int = MEDIAN
+    ) -> None:
         self.request = request
         self.progress = progress
+        self.percentile = percentile
         self.recipe = recipe(
             request.recipe or ("quick" if request.data == "digits" else "standard")
         )
         self.method = method(request.method)
         self._costs: dict[str, Cost] = {}
+        self._under: dict[Condition, Job] = {}
 
     @cached_property
     def splits(self) -> Splits:
@@ -130,6 +134,32 @@ class Job:
         request = self.request
         return open_profiler(request.device, threads=request.threads, batch=request.batch)
 
+    def under(self, name: str) -> "Job":
+        """The same job under the condition that a latency's name stands for.
+
+        Raises InvalidInput where that device takes another file than this one's.
+        """
+        asked = condition(name)
+        assert asked is not None, f"{name} is a latency"
+        device = asked.device or self.request.device
+        if (device, asked.percentile) == (self.request.device, self.percentile):
+            return self
+        if asked not in self._under:
+            same = device == self.request.device
+            request = replace(self.request, device=device, run=self.request.run if same else None)
+            other = Job(request, self.progress, asked.percentile)
+            other.__dict__ |= {"splits": self.splits, "space": self.space}
+            if same:
+                other.__dict__ |= {"profiler": self.profiler, "table": self.table}
+            elif other.profiler.runtime != self.profiler.runtime:
+                raise InvalidInput(
+                    f"A file for {self.request.device} does not run on {device}.",
+                    accepted="devices of one runtime",
+                    next_step=f"search for each of them: --device {device}",
+                )
+            self._under[asked] = other
+        return self._under[asked]
+
     @property
     def table_path(self) -> Path:
         """Where this condition's table is kept."""
@@ -158,7 +188,7 @@ class Job:
     @property
     def model(self) -> LatencyModel:
         """What the table predicts for this space."""
-        return self.table.models[self.model_name]
+        return self.table.models[self.model_name].at(self.percentile)
 
     @cached_property
     def latency(self) -> AdditiveCost:
@@ -183,15 +213,17 @@ class Job:
         )
 
     def cost(self, name: str) -> Cost:
-        """One of `LIMITS` over this space; `latency_ms` needs the table."""
+        """One of `LIMITS` over this space, or a latency under a condition; a latency needs the
+        table.
+        """
         if name not in self._costs:
             self._costs[name] = self._cost(name)
         return self._costs[name]
 
     def _cost(self, name: str) -> Cost:
+        if condition(name) is not None:
+            return replace(self.under(name).latency, name=name)
         match name:
-            case "latency_ms":
-                return self.latency
             case "size_mb":
                 return size_cost(self.space, self._op_bytes(), BASE_BYTES)
             case _:
@@ -224,8 +256,8 @@ class Job:
             if name in values and name != LATENCY
         ]
         FeasibleSet(self.space, counted)
-        latency = [Limit(self.latency, float(values[LATENCY]))] if LATENCY in values else []
-        return counted + latency
+        latencies = [name for name in sorted(values) if condition(name) is not None]
+        return counted + [Limit(self.cost(name), float(values[name])) for name in latencies]
 
     def latency_limit(self, value_ms: float) -> Limit:
         """The limit on this device's latency."""
@@ -239,10 +271,22 @@ class Job:
 def check_limits(values: Mapping[str, float]) -> None:
     """Raise InvalidInput for an unknown cost, and for a value that is not positive."""
     for name, value in values.items():
-        if name not in LIMITS:
+        if name not in LIMITS and condition(name) is None:
             raise InvalidInput(f"{name!r} is not a limit.", accepted=", ".join(LIMITS))
         if not 0 < value < math.inf:
-            raise InvalidInput(f"{LIMITS[name]} is {value}.", accepted="a positive number")
+            raise InvalidInput(f"{flag_of(name)} is {value}.", accepted="a positive number")
+
+
+def flag_of(name: str) -> str:
+    """The flag that limits a cost.
+
+    >>> flag_of("params"), flag_of("latency_p95_ms@gpu")
+    ('--max-params', '--latency-ms gpu=')
+    """
+    asked = condition(name)
+    if asked is None:
+        return LIMITS[name]
+    return LIMITS[LATENCY] + (f" {asked.device}=" if asked.device else "")
 
 
 def request_of(run: Run, tables: Path) -> Request:
@@ -334,7 +378,7 @@ def measure(job: Job, paths: Sequence[Path], journal: Path | None = None) -> lis
     blocks = measure_models(
         job.profiler, paths, protocol, job.progress, processes=processes, journal=journal
     )
-    return [summarise(each, protocol) for each in blocks]
+    return [summarise(each, protocol, percentile=job.percentile) for each in blocks]
 
 
 def _probe_ms(job: Job) -> tuple[float, float]:

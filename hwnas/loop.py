@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hwnas.conditions import condition
 from hwnas.costs.feasible import FeasibleSet
 from hwnas.costs.limits import Limit
 from hwnas.costs.population import genes_of
@@ -146,7 +147,11 @@ def search(job: Job, run: Run, limits: Sequence[Limit]) -> list[Finalist]:
 
 def _question(job: Job, limits: Sequence[Limit]) -> dict[str, Any]:
     """What finalists answer: other limits, or a table measured anew, have other finalists."""
-    return {"limits": values_of(limits), "table": job.table_id}
+    names = [name for limit in limits if condition(name := limit.cost.name) is not None]
+    others = {name: other.table_id for name in names if (other := job.under(name)) is not job}
+    return {"limits": values_of(limits), "table": job.table_id} | (
+        {"tables": others} if others else {}
+    )
 
 
 def is_answered(job: Job, result: Path, limits: Sequence[Limit]) -> bool:

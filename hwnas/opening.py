@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hwnas
+from hwnas.conditions import LATENCY, Condition, condition
 from hwnas.flags import REQUEST
 from hwnas.screen import Screen, columns
+from latency_tables.percentiles import MEDIAN
 from quant.errors import InvalidInput
 
 if TYPE_CHECKING:  # loaded when a command uses it (see hwnas/__init__.py): help must be quick
@@ -78,34 +80,87 @@ def tables_folder(given: Path | None) -> Path:
     return given or (Path(home) / "tables" if home else Path("tables"))
 
 
+def latency_limits(
+    asked: Sequence[str] | None, percentile: int | None, device: str | None
+) -> tuple[dict[str, float], str | None]:
+    """The limits that --latency-ms asks for, by name, and the device of the search.
+
+    Where no flag names that device, and no limit goes without one, it is the first that is named.
+    Raises InvalidInput for what is not a number, and for two limits on one device.
+    """
+    pairs = [text.rpartition("=")[::2] for text in asked or ()]
+    if percentile is not None and not pairs:
+        raise InvalidInput("--percentile needs --latency-ms.", accepted="both, or neither")
+    if device is None and pairs and all(name for name, _ in pairs):
+        device = pairs[0][0]
+    found: dict[str, float] = {}
+    for named, text in pairs:
+        other = "" if named == device else named
+        name = Condition(other, percentile or MEDIAN).name
+        try:
+            value = float(text)
+        except ValueError:
+            raise InvalidInput(
+                f"--latency-ms is {text!r}.", accepted="milliseconds, as 3 or as cpu=3"
+            ) from None
+        if name in found:
+            raise InvalidInput(f"--latency-ms limits {named or 'the device'} twice.")
+        found[name] = value
+    return found, device
+
+
+def is_latency(name: str) -> bool:
+    """Whether a limit is on a latency."""
+    return condition(name) is not None
+
+
 def opened_limits(
     job: "Job", limited: dict[str, float], fraction: float | None, screen: Screen
 ) -> list["Limit"]:
-    """The limits asked for, the table measured where it is missing; what is known is told first."""
-    hwnas.run.check_limits(limited)  # the latency too, before anything is measured for it
-    counted = {name: value for name, value in limited.items() if name != "latency_ms"}
+    """The limits asked for, tables measured where they are missing; what is known is told first."""
+    hwnas.run.check_limits(limited)  # latencies too, before anything is measured for them
+    counted = {name: value for name, value in limited.items() if not is_latency(name)}
     known = job.limits(counted)  # refused at once where no table is needed to know better
-    plan = hwnas.run.plan(job)
+    names = [name for name in limited if is_latency(name)]
+    for name in dict.fromkeys([LATENCY, *names]):
+        _measured(job, name, limited if fraction is None else {}, known, screen)
+    found = {name: job.under(name).latency_range() for name in names or [LATENCY]}
+    screen.feasible(
+        {name: range_.smallest for name, range_ in found.items()},
+        {name: range_.largest for name, range_ in found.items()},
+    )
+    if fraction is not None:
+        own = job.latency_range()
+        value = own.smallest + fraction * (own.largest - own.smallest)
+        limited = {**limited, LATENCY: _rounded_up(value)}
+    return job.limits(limited)
+
+
+def _measured(
+    job: "Job",
+    name: str,
+    limited: Mapping[str, float],
+    known: "Sequence[Limit]",
+    screen: Screen,
+) -> None:
+    """Measure the table of one condition where it is missing; what is known is told first."""
+    there = job.under(name)
+    plan = hwnas.run.plan(there)
     if plan.missing or plan.networks:
         _announce_loose(hwnas.run.FeasibleSet(job.space, known).feasibility().rows, screen)
         low, high = plan.probe_ms
         text = f"networks of this space take about {low:.3g} to {high:.3g} ms here"
-        asked = limited.get("latency_ms")
-        if asked is not None and fraction is None and asked > 1.2 * high:
+        asked = limited.get(name)
+        if asked is not None and asked > 1.2 * high:
             screen.say(
                 f"Limit {asked:.4g} ms does not bind: {text}; try --latency-ms "
                 f"{(low + high) / 2:.2g}."
             )
         else:
             screen.say(f"Before measuring: {text} (the smallest and the largest, timed once).")
-    announce_profile(job, plan, screen)
-    found = job.latency_range()
-    announce_noise(job, screen)
-    screen.feasible({"latency_ms": found.smallest}, {"latency_ms": found.largest})
-    if fraction is not None:
-        value = found.smallest + fraction * (found.largest - found.smallest)
-        limited = {**limited, "latency_ms": _rounded_up(value)}
-    return job.limits(limited)
+    announce_profile(there, plan, screen)
+    hwnas.run.profile(there)
+    announce_noise(there, screen)
 
 
 def _rounded_up(value: float, digits: int = 4) -> float:
@@ -160,7 +215,7 @@ def _announce_loose(rows: "Sequence[LimitedCost]", screen: Screen) -> None:
             screen.say_once(
                 f"Limit {hwnas.run.limit_text(row.name, row.limit)} does not bind: this space "
                 f"reaches {number(row.smallest)} to {number(row.largest)}; try "
-                f"{hwnas.run.LIMITS[row.name]} {row.median:.2g}."
+                f"{hwnas.run.flag_of(row.name)} {row.median:.2g}."
             )
 
 

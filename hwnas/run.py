@@ -22,8 +22,10 @@ from hwnas.job import (
     Job,
     Request,
     check_limits,
+    flag_of,
     is_profiled,
     plan,
+    profile,
     request_fields,
     request_of,
 )
@@ -39,10 +41,10 @@ from quant.errors import Unstable
 
 __all__ = [
     "LIMITS", "FeasibleSet", "Job", "Request", "check_limits", "estimate", "export",
-    "feasible_range", "is_profiled", "limit_text", "limits_name", "list_runs", "number",
-    "open_run", "plan", "read_limits", "read_run", "remeasure", "request_fields", "request_of",
-    "result_rows", "retrain_finalists", "search", "search_to_certificate", "torch_accuracy",
-    "train", "verify",
+    "feasible_range", "flag_of", "is_profiled", "limit_text", "limits_name", "list_runs",
+    "number", "open_run", "plan", "profile", "read_limits", "read_run", "remeasure",
+    "request_fields", "request_of", "result_rows", "retrain_finalists", "search",
+    "search_to_certificate", "torch_accuracy", "train", "verify",
 ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -11,10 +11,11 @@ from typing import Any
 
 import onnx
 
+from hwnas.conditions import LATENCY, condition
 from hwnas.costs.limits import Limit
 from hwnas.export import certificate as certificates
 from hwnas.export.onnx_file import Agreement, accuracy, agreement, write_onnx
-from hwnas.job import LATENCY, Job, measure
+from hwnas.job import Job, measure
 from hwnas.loop import Finalist, limits_name, read_finalists, values_of
 from hwnas.retrain import accuracy as torch_accuracy
 from hwnas.retrain import load_weights, retrain, save_weights
@@ -103,15 +104,15 @@ def verify(job: Job, run: Run, limits: Sequence[Limit]) -> dict[str, Any]:
     """
     result = run.result(limits_name(limits))
     candidates = export(job, run, result)
-    measured = measure(job, [candidate.path for candidate in candidates])
     asked = values_of(limits)
+    measured = _measured_under(job, asked, [candidate.path for candidate in candidates])
     under = [
         (candidate, m)
         for candidate, m in zip(candidates, measured, strict=True)
         if all(_limits_hold(asked, m, candidate.path).values())
     ]
     if not under:
-        least = min(m.median_us for m in measured) / 1000
+        least = min(m[LATENCY].median_us for m in measured) / 1000
         raise Unstable(
             f"All {len(candidates)} finalists measure over {limits_name(limits)} (the fastest "
             f"{least:.6g} ms), though their predicted bounds are under it: the machine now runs "
@@ -149,12 +150,12 @@ def remeasure(job: Job, result: Path) -> dict[str, Any]:
             f"The certificate was made on another host ({difference}).",
             next_step="profile and search on this one",
         )
-    measured = measure(job, [file])[0]
+    measured = _measured_under(job, content["limits"], [file])[0]
     with job.profiler.prepare(onnx.load(file)) as session, job.splits.final() as images:
         test = accuracy(session, images)
     return {
         **content,
-        "measured": _measured(measured),
+        **_told(measured),
         "holds": _limits_hold(content["limits"], measured, file),
         "accuracy": {**content["accuracy"], "test": test},
     }
@@ -167,16 +168,36 @@ def is_shipped(result: Path, certificate: dict[str, Any]) -> bool:
     return file.is_file() and bool(certificates.sha256(file) == known)
 
 
-def _limits_hold(asked: dict[str, float], measured: Measurement, file: Path) -> dict[str, bool]:
-    """Which limits hold of what can be measured: the latency, and the bytes of the file. Counted
+def _measured_under(
+    job: Job, asked: Mapping[str, float], files: Sequence[Path]
+) -> list[dict[str, Measurement]]:
+    """What each file measures under every latency that is limited, and on the job's own device."""
+    names = {LATENCY: None} | {name: None for name in asked if condition(name) is not None}
+    found = [measure(job.under(name), files) for name in names]
+    return [dict(zip(names, each, strict=True)) for each in zip(*found, strict=True)]
+
+
+def _limits_hold(
+    asked: Mapping[str, float], measured: Mapping[str, Measurement], file: Path
+) -> dict[str, bool]:
+    """Which limits hold of what can be measured: latencies, and the bytes of the file. Counted
     costs were exact before.
     """
-    actual = {LATENCY: measured.median_us / 1000, "size_mb": file.stat().st_size / 1e6}
+    actual = {name: m.latency_us / 1000 for name, m in measured.items()}
+    actual["size_mb"] = file.stat().st_size / 1e6
     return {name: actual.get(name, 0.0) <= value for name, value in asked.items()}
+
+
+def _told(measured: Mapping[str, Measurement]) -> dict[str, Any]:
+    """Measurements as a certificate tells them: the device's own, then those of other limits."""
+    others = {name: _measured(m) for name, m in measured.items() if name != LATENCY}
+    told = {"measured": _measured(measured[LATENCY])}
+    return told | ({"measured_under": others} if others else {})
 
 
 def _measured(m: Measurement) -> dict[str, Any]:
     return {
+        "latency_ms": m.latency_us / 1000,
         "median_ms": m.median_us / 1000,
         "p95_ms": m.p95_us / 1000,
         "min_ms": m.min_us / 1000,
@@ -192,7 +213,7 @@ def _certificate(
     limits: Sequence[Limit],
     finalist: Finalist,
     shipped: Candidate,
-    measurement: Measurement,
+    measurement: Mapping[str, Measurement],
     test: float,
 ) -> dict[str, Any]:
     result = run.result(limits_name(limits))
@@ -207,7 +228,7 @@ def _certificate(
             "upper_latency_ms": finalist.upper_latency_ms,
             "coverage": job.model.coverage,
         },
-        "measured": _measured(measurement),
+        **_told(measurement),
         "protocol": job.recipe.protocol.to_dict(),
         "accuracy": {
             "search_val": shipped.search_val,

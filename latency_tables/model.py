@@ -12,12 +12,15 @@ is a budget on that cost, and dynamic programming over it is exact.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import optimize, stats
+
+from latency_tables.percentiles import MEDIAN
+from quant.errors import InvalidInput
 
 Floats = npt.NDArray[np.float64]
 
@@ -63,7 +66,8 @@ class LatencyModel:
 
     `upper_ratio` times the prediction bounds the measured latency with probability `coverage`
     (split conformal prediction: Vovk et al. 2005; Lei et al. 2018, section 2.2) for a network drawn
-    like the calibration networks.
+    like the calibration networks. `tails` has the same for other percentiles of a network's calls:
+    by percentile, its usual ratio to the predicted median, and the ratio that bounds it.
     """
 
     scales: dict[str, float]
@@ -72,6 +76,22 @@ class LatencyModel:
     upper_ratio: float
     coverage: float
     quality: Quality
+    tails: dict[str, tuple[float, float]] = field(default_factory=dict)
+    usual_ratio: float = 1.0
+
+    def at(self, percentile: int) -> "LatencyModel":
+        """The model of another percentile of a network's calls; raises InvalidInput for one that
+        was not calibrated.
+        """
+        if percentile == MEDIAN:
+            return self
+        if str(percentile) not in self.tails:
+            raise InvalidInput(
+                f"The percentile {percentile} is not calibrated.",
+                accepted=", ".join(map(str, (MEDIAN, *self.tails))),
+            )
+        usual, upper = self.tails[str(percentile)]
+        return replace(self, usual_ratio=usual, upper_ratio=upper / usual)
 
     def op_cost_us(self, precision: str, inside_us: float) -> float:
         """An op's additive cost, from what its row says that it costs inside a network."""
@@ -79,7 +99,7 @@ class LatencyModel:
 
     def predict_ms(self, additive_us: float) -> float:
         """The predicted latency of a network from the sum of its ops' costs."""
-        return (self.offset_us + additive_us) / 1000
+        return self.usual_ratio * (self.offset_us + additive_us) / 1000
 
     def upper_ms(self, additive_us: float) -> float:
         """The upper bound of the same network."""
@@ -89,7 +109,7 @@ class LatencyModel:
         """The largest additive cost whose upper bound is at most `limit_ms`."""
         if math.isinf(limit_ms):
             return limit_ms
-        guess = limit_ms * 1000 / self.upper_ratio - self.offset_us
+        guess = limit_ms * 1000 / (self.upper_ratio * self.usual_ratio) - self.offset_us
         return largest_within(self.upper_ms, limit_ms, guess, max(self.offset_us, limit_ms * 1000))
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,19 +119,22 @@ class LatencyModel:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "LatencyModel":
         """The model that `to_dict` wrote."""
-        return cls(**{**data, "quality": Quality(**data["quality"])})
+        tails = {name: tuple(pair) for name, pair in data["tails"].items()}
+        return cls(**{**data, "quality": Quality(**data["quality"]), "tails": tails})
 
 
 @dataclass(frozen=True)
 class MeasuredNetwork:
     """A network that was run whole: its ops as (precision, cost inside a network in us).
 
-    `latency_us` is at the table's pace; `observed_us` at the machine's pace of that moment.
+    `latency_us` is at the table's pace; `observed_us` at the machine's pace of that moment, and so
+    are `tails_us`, the percentiles of its calls.
     """
 
     rows: tuple[tuple[str, float], ...]
     latency_us: float
     observed_us: float
+    tails_us: dict[int, float] = field(default_factory=dict)
 
 
 def calibrate(
@@ -147,11 +170,20 @@ def calibrate(
         coverage=0.0,
         quality=Quality(0, 0, 0, 0, 0, 0, 0, 0),
     )
-    ratios = np.sort([network.observed_us / _predict_us(plain, network) for network in bound])
-    rank = min(len(ratios), math.ceil(COVERAGE * (len(ratios) + 1)))
-    upper_ratio = float(ratios[rank - 1])
-    coverage = min(COVERAGE, rank / (len(ratios) + 1))
-    bounded = replace(plain, upper_ratio=upper_ratio, coverage=coverage)
+    predicted = np.array([_predict_us(plain, network) for network in bound])
+    rank = min(len(bound), math.ceil(COVERAGE * (len(bound) + 1)))
+
+    def usual_and_upper(observed: Sequence[float]) -> tuple[float, float]:
+        ratios = np.sort(np.array(observed) / predicted)
+        return float(np.median(ratios)), float(ratios[rank - 1])
+
+    tails = {
+        str(percentile): usual_and_upper([network.tails_us[percentile] for network in bound])
+        for percentile in bound[0].tails_us
+    }
+    _, upper_ratio = usual_and_upper([network.observed_us for network in bound])
+    coverage = min(COVERAGE, rank / (len(bound) + 1))
+    bounded = replace(plain, upper_ratio=upper_ratio, coverage=coverage, tails=tails)
     return replace(bounded, quality=quality_of(bounded, test))
 
 

@@ -19,10 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Samples = npt.NDArray[np.float64]
 
-MEDIAN = 50
-"""The percentile that latencies are stated at unless another is asked for."""
+Samples = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Protocol:
 
     rounds: int = 5
     max_rounds: int = 15
-    tolerance: float = 0.002
+    tolerance: float = 0.005
     warmup_ms: float = 2.0
     pace_ms: float = 1.0
     block_ms: float = 8.0
@@ -152,7 +150,7 @@ def summarise(
     protocol: Protocol,
     *,
     pace_us: float | None = None,
-    percentile: float = MEDIAN,
+    percentile: float = 50,
 ) -> Measurement:
     """One measurement from the blocks of all rounds, each (runs, 2) as `time_block` gives it.
 
@@ -172,7 +170,7 @@ def summarise(
     median = float(np.median(medians))
     low, high = np.percentile(medians, [25, 75])
     spread = float((high - low) / median)
-    at = median if percentile == MEDIAN else float(np.percentile(everything, percentile))
+    at = median if percentile == 50 else float(np.percentile(everything, percentile))
     return Measurement(
         at,
         median,

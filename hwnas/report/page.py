@@ -6,7 +6,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from hwnas.conditions import condition
 from latency_tables.files import write_text
+from latency_tables.percentiles import MEDIAN
 
 Point = tuple[float, float, str]
 """Latency in ms, accuracy, label."""
@@ -78,11 +80,15 @@ def limit_text(cost: str, value: float) -> str:
 
     >>> limit_text("latency_ms", 0.21), limit_text("size_mb", 1.5), limit_text("params", 2.5e6)
     ('0.21 ms', '1.5 MB (size)', '2,500,000 params')
+    >>> limit_text("latency_p95_ms@gpu", 0.21)
+    '0.21 ms (p95, gpu)'
     """
+    if asked := condition(cost):
+        about = [f"p{asked.percentile}"] if asked.percentile != MEDIAN else []
+        about += [asked.device] if asked.device else []
+        return f"{number(value)} ms" + (f" ({', '.join(about)})" if about else "")
     name, _, unit = cost.rpartition("_")
     match unit:
-        case "ms":
-            return f"{number(value)} {unit}"
         case "mb":
             return f"{number(value)} MB ({name})"
         case _:
