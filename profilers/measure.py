@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-
 Samples = npt.NDArray[np.float64]
 
 
