@@ -4,13 +4,14 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 import hwnas.data
 from hwnas.costs.feasible import FeasibleSet, Range, reachable
@@ -312,6 +313,19 @@ def profile(job: Job) -> LatencyTable:
 
 
 def _calibrate(job: Job, table: LatencyTable, journal: Path) -> LatencyModel:
+    chains = calibration_chains(job)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for number, model in enumerate(calibration_models(job, chains)):
+            paths.append(Path(folder) / f"{number}.onnx")
+            with explained(paths[-1]):
+                paths[-1].write_bytes(model.SerializeToString())
+        measured = measure(job, paths, journal)
+    return fitted(job, table, chains, measured)
+
+
+def calibration_chains(job: Job) -> list[tuple[OpSpec, ...]]:
+    """The ops of each random network to calibrate on; raises InvalidInput for too few of them."""
     counts = job.recipe.calibration
     sampler = UniformSampler(job.space)
     rng = np.random.default_rng(CALIBRATION_SEED)
@@ -325,19 +339,28 @@ def _calibrate(job: Job, table: LatencyTable, journal: Path) -> LatencyModel:
             f"{len(chosen)} networks of {job.space.name} are too few to calibrate on.",
             accepted=f"a space, and a recipe's calibration, of at least {LEAST_NETWORKS}",
         )
-    chains = [job.space.lower(architecture) for architecture in chosen]
-    with tempfile.TemporaryDirectory() as folder:
-        paths = []
-        for number, ops in enumerate(chains):
-            parameters = [random_parameters(op, np.random.default_rng([number, i]))
-                          for i, op in enumerate(ops)]  # fmt: skip
-            model = emit(ops, parameters, job.profiler.runtime)
-            job.profiler.check(model)
-            paths.append(Path(folder) / f"{number}.onnx")
-            with explained(paths[-1]):
-                paths[-1].write_bytes(model.SerializeToString())
-            job.progress("building whole networks", number + 1, len(chains))
-        measured = measure(job, paths, journal)
+    return [tuple(job.space.lower(architecture)) for architecture in chosen]
+
+
+def calibration_models(job: Job, chains: Sequence[Sequence[OpSpec]]) -> Iterator[onnx.ModelProto]:
+    """The graph of each, with random weights, checked to run in the kernels that it declares."""
+    for number, ops in enumerate(chains):
+        parameters = [random_parameters(op, np.random.default_rng([number, i]))
+                      for i, op in enumerate(ops)]  # fmt: skip
+        model = emit(ops, parameters, job.profiler.runtime)
+        job.profiler.check(model)
+        yield model
+        job.progress("building whole networks", number + 1, len(chains))
+
+
+def fitted(
+    job: Job,
+    table: LatencyTable,
+    chains: Sequence[Sequence[OpSpec]],
+    measured: Sequence[Measurement],
+) -> LatencyModel:
+    """The latency model from the table's rows and the measured networks."""
+    counts = job.recipe.calibration
     networks = [
         MeasuredNetwork(
             tuple((row.precision, row.median_us) for row in map(table.lookup, ops)), m.median_us
