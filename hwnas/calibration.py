@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 from hwnas.costs.samplers import UniformSampler
 from hwnas.recipes import CalibrationRecipe, Recipe
@@ -52,22 +53,28 @@ def calibration_networks(space: SearchSpace, counts: CalibrationRecipe) -> list[
     return chosen
 
 
-@contextmanager
-def model_files(
+def network_models(
     chains: Sequence[Sequence[OpSpec]], profiler: Profiler, progress: Progress = quiet
-) -> Iterator[list[Path]]:
-    """Files of networks with random weights, for as long as the block lasts."""
+) -> Iterator[onnx.ModelProto]:
+    """The graph of each network, with random weights, checked to run in its declared kernels."""
+    for number, ops in enumerate(chains):
+        rngs = [np.random.default_rng([number, place]) for place in range(len(ops))]
+        numbers = [random_parameters(op, rng) for op, rng in zip(ops, rngs, strict=True)]
+        model = emit(ops, numbers, profiler.runtime)
+        profiler.check(model)
+        yield model
+        progress("building whole networks", number + 1, len(chains))
+
+
+@contextmanager
+def model_files(models: Iterable[onnx.ModelProto]) -> Iterator[list[Path]]:
+    """The models as files, for as long as the block lasts."""
     with tempfile.TemporaryDirectory() as folder:
         paths = []
-        for number, ops in enumerate(chains):
-            rngs = [np.random.default_rng([number, place]) for place in range(len(ops))]
-            numbers = [random_parameters(op, rng) for op, rng in zip(ops, rngs, strict=True)]
-            model = emit(ops, numbers, profiler.runtime)
-            profiler.check(model)
+        for number, model in enumerate(models):
             paths.append(Path(folder) / f"{number}.onnx")
             with explained(paths[-1]):
                 paths[-1].write_bytes(model.SerializeToString())
-            progress("building whole networks", number + 1, len(chains))
         yield paths
 
 
@@ -104,7 +111,7 @@ def calibrated(
     """The latency model of a space; what was measured before an interruption is in the journal."""
     chosen = calibration_networks(space, recipe.calibration)
     chains = [space.lower(architecture) for architecture in chosen]
-    with model_files(chains, profiler, progress) as paths:
+    with model_files(network_models(chains, profiler, progress)) as paths:
         blocks = measure_models(
             profiler, paths, recipe.protocol, progress, processes=recipe.processes, journal=journal
         )

@@ -14,9 +14,11 @@ import hwnas
 from hwnas.flags import (
     AsJson,
     Batch,
+    Bundle,
     ConfigFile,
     Data,
     Device,
+    FromBundle,
     ImageSize,
     LatencyMs,
     LimitFraction,
@@ -32,6 +34,7 @@ from hwnas.flags import (
     RunPath,
     Seed,
     Space,
+    TableName,
     Tables,
     Threads,
     Verbose,
@@ -41,6 +44,7 @@ from hwnas.opening import (
     announce_noise,
     announce_profile,
     announce_recipe,
+    check_bundle,
     is_latency,
     latency_limits,
     opened_job,
@@ -53,6 +57,7 @@ from hwnas.screen import Rows, Screen, columns, outcome, to_standard_output, unr
 from quant.errors import InvalidInput
 
 if TYPE_CHECKING:  # loaded when a command uses it (see hwnas/__init__.py): help must be quick
+    import hwnas.bundle
     import hwnas.listing
     import hwnas.predict
     import hwnas.run
@@ -82,35 +87,52 @@ def profile(
     recipe: Recipe = None,
     config: ConfigFile = None,
     tables: Tables = None,
+    bundle: Bundle = None,
+    from_bundle: FromBundle = None,
+    name: TableName = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Measure every op of a space on this device, and calibrate on whole networks.
 
+    With --bundle and --from-bundle another machine measures, which needs no hwnas.
+
     Example: hwnas profile --device cpu --threads 1
     """
     with _command(locals()) as screen, opened_job(locals(), screen) as (job, _):
-        announce_profile(job, hwnas.run.plan(job), screen)
-        table, quality, found = job.table, job.model.quality, job.latency_range()
-        announce_noise(job, screen)
+        check_bundle(bundle, from_bundle, name)
+        if bundle is not None:
+            written = hwnas.bundle.write(job, bundle)
+            screen.done(asdict(written), _bundle_rows(written))
+            return
+        if from_bundle is not None:
+            taken = hwnas.bundle.take(job, from_bundle, str(name))
+            path, table, model, found = taken.path, taken.table, taken.model, taken.range
+        else:
+            announce_profile(job, hwnas.run.plan(job), screen)
+            path, table, model, found = (
+                job.table_path, job.table, job.model, job.latency_range()
+            )  # fmt: skip
+        quality = model.quality
+        announce_noise(job.space, table, path, screen)
         screen.done(
             {
-                "table": str(job.table_path),
+                "table": str(path),
                 "rows": len(table.rows),
                 "unstable_rows": sum(not row.stable for row in table.rows.values()),
                 "quality": asdict(quality),
-                "upper_ratio": job.model.upper_ratio,
+                "upper_ratio": model.upper_ratio,
                 "feasible_min": {"latency_ms": found.smallest},
                 "feasible_max": {"latency_ms": found.largest},
             },
             [
-                ("table", str(job.table_path)),
+                ("table", str(path)),
                 ("rows", str(len(table.rows))),
                 ("error on unseen networks", f"{quality.mean_error:.1%} mean, "
                                              f"{quality.worst_error:.1%} worst"),
                 ("rank correlation (tau)", f"{quality.tau:.3f}"),
-                ("bound", f"{job.model.upper_ratio:.3f} x prediction, holds for "
+                ("bound", f"{model.upper_ratio:.3f} x prediction, holds for "
                           f"{quality.coverage:.0%} of {quality.networks} unseen networks"),
                 ("reachable", f"{found.smallest:.4g} to {found.largest:.4g} ms (upper bounds)"),
             ],
@@ -486,6 +508,15 @@ def _command(flags: Mapping[str, Any]) -> Iterator[Screen]:
             raise InvalidInput("--quiet contradicts --verbose.", next_step="drop one of them")
         yield screen
     raise typer.Exit(screen.exit_code)
+
+
+def _bundle_rows(written: "hwnas.bundle.Written") -> Rows:
+    return [
+        ("bundle", f"{written.bundle}, {written.size_bytes / 1e6:.3g} MB"),
+        ("graphs", f"{written.rows} ops and {written.networks} whole networks"),
+        ("there", f"{written.runner} (with numpy and onnxruntime)"),
+        ("then here", written.import_command),
+    ]
 
 
 def _as_rows(head: list[str], lines: list[list[str]]) -> Rows:

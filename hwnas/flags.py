@@ -16,6 +16,7 @@ def _names(*names: str) -> Any:
 
 
 _LIMITS, _WHAT, _WHERE, _TOLD = "Limits", "What is searched", "Where things are kept", "Output"
+_ELSEWHERE = "Another machine"
 
 Space = Annotated[
     str | None,
@@ -99,6 +100,29 @@ RunPath = Annotated[
         "--run",
         help="A run directory. (default: the newest under ./runs that matches)",
         rich_help_panel=_WHERE,
+    ),
+]
+Bundle = Annotated[
+    Path | None,
+    typer.Option(
+        help="Measure nothing: write a folder to be measured on another machine.",
+        rich_help_panel=_ELSEWHERE,
+    ),
+]
+FromBundle = Annotated[
+    Path | None,
+    typer.Option(
+        help="Measure nothing: make a table of what another machine measured (result.jsonl, or "
+        "the folder with it).",
+        rich_help_panel=_ELSEWHERE,
+    ),
+]
+TableName = Annotated[
+    str | None,
+    typer.Option(
+        "--name",
+        help="With --from-bundle: how the table's file begins.",
+        rich_help_panel=_ELSEWHERE,
     ),
 ]
 AsJson = Annotated[

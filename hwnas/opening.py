@@ -21,7 +21,9 @@ if TYPE_CHECKING:  # loaded when a command uses it (see hwnas/__init__.py): help
     from hwnas.costs.limits import Limit
     from hwnas.job import Plan
     from hwnas.run import Job
+    from hwnas.spaces.base import SearchSpace
     from hwnas.store import Run
+    from latency_tables.table import LatencyTable
 
 
 @contextmanager
@@ -160,7 +162,7 @@ def _measured(
             screen.say(f"Before measuring: {text} (the smallest and the largest, timed once).")
     announce_profile(there, plan, screen)
     hwnas.run.profile(there)
-    announce_noise(there, screen)
+    announce_noise(there.space, there.table, there.table_path, screen)
 
 
 def _rounded_up(value: float, digits: int = 4) -> float:
@@ -178,14 +180,29 @@ def announce_profile(job: "Job", plan: "Plan", screen: Screen) -> None:
         )
 
 
-def announce_noise(job: "Job", screen: Screen) -> None:
+def announce_noise(space: "SearchSpace", table: "LatencyTable", path: Path, screen: Screen) -> None:
     """Whether the table was measured on a machine too busy to trust it."""
-    unstable = sum(not job.table.lookup(op).stable for op in job.space.lattice.ops)
-    if unstable > len(job.space.lattice.ops) / 10:
+    ops = space.lattice.ops
+    unstable = sum(not table.lookup(op).stable for op in ops)
+    if unstable > len(ops) / 10:
         screen.say(
-            f"{unstable} of {len(job.space.lattice.ops)} ops were measured with a wide spread: "
-            f"other processes were using the cores. Remove {job.table_path} and run this again on "
-            "a quiet machine for a tighter bound."
+            f"{unstable} of {len(ops)} ops were measured with a wide spread: other processes were "
+            f"using the cores. Remove {path} and measure again on a quiet machine for a tighter "
+            "bound."
+        )
+
+
+def check_bundle(bundle: Path | None, from_bundle: Path | None, name: str | None) -> None:
+    """Raise InvalidInput where the flags for another machine do not go together."""
+    if bundle is not None and from_bundle is not None:
+        raise InvalidInput(
+            "--bundle contradicts --from-bundle.",
+            accepted="--bundle DIR first; --from-bundle RESULT when that was measured",
+        )
+    if (from_bundle is None) != (name is None):
+        raise InvalidInput(
+            "--from-bundle needs --name, and --name needs --from-bundle.",
+            accepted="--from-bundle RESULT --name pi5",
         )
 
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from latency_tables.table import Host, LatencyTable, Row
 from profilers.base import Profiler
 from profilers.graphs import emit, random_parameters
 from profilers.host import pinned
-from profilers.measure import Protocol, Samples, pace_of, summarise
+from profilers.measure import Protocol, Samples, pace_of, shuffled, summarise
 from quant.errors import HwnasError, InvalidInput, TableError
 
 Progress = Callable[[str, int, int], None]
@@ -122,7 +122,7 @@ def build_rows(
                 if turn < protocol.rounds
                 or not _is_narrow(journal.blocks[key], protocol, network_us)
             ]
-            wide = _shuffled(wide, turn)
+            wide = shuffled(wide, turn)
             label = "timing ops" if turn < protocol.rounds else "timing noisy ops again"
             total = protocol.rounds * len(missing) if turn < protocol.rounds else len(wide)
             for number, key in enumerate(wide):
@@ -131,10 +131,24 @@ def build_rows(
                         journal.add(key, session.block(protocol))
                 done = turn * len(missing) if turn < protocol.rounds else 0
                 progress(label, done + number + 1, total)
-    blocks = {key: journal.blocks[key] for key in missing}
+    add_rows(table, missing, journal.blocks, protocol, network_us=network_us)
+    table.save(table_path)
+    journal.remove(table.rows | table.chains)
+    return table
+
+
+def add_rows(
+    table: LatencyTable,
+    chains: Mapping[str, Chain],
+    blocks: Mapping[str, Sequence[Samples]],
+    protocol: Protocol,
+    *,
+    network_us: float = math.inf,
+) -> None:
+    """Put chains that were timed into a table, by key; the first rows of all set its pace."""
     if not table.rows:
-        table.pace_us = pace_of(block for each in blocks.values() for block in each)
-    for key, chain in missing.items():
+        table.pace_us = pace_of(block for key in chains for block in blocks[key])
+    for key, chain in chains.items():
         measured = summarise(blocks[key], protocol, pace_us=table.pace_us)
         stable = measured.stable and _is_narrow(blocks[key], protocol, network_us)
         times = asdict(replace(measured, stable=stable))
@@ -142,15 +156,6 @@ def build_rows(
         texts = json.dumps([op.to_json() for op in chain])
         row = Row(key, texts, chain[-1].precision.name, **times)
         (table.rows if len(chain) == 1 else table.chains)[key] = row
-    table.save(table_path)
-    journal.remove(table.rows | table.chains)
-    return table
-
-
-def _shuffled(keys: Iterable[str], turn: int) -> list[str]:
-    """The keys in an order of the turn's own, so that a drift hits other keys in every turn."""
-    ordered = sorted(keys)
-    return [ordered[place] for place in np.random.default_rng(turn).permutation(len(ordered))]
 
 
 def _is_narrow(blocks: Sequence[Samples], protocol: Protocol, network_us: float) -> bool:
@@ -203,7 +208,7 @@ def measure_models(
     if done := sum(min(kept.count(key), turns) for key in files):
         progress(label, done, total)
     for turn in range(turns):
-        missing = {key: files[key] for key in _shuffled(files, turn) if kept.count(key) <= turn}
+        missing = {key: files[key] for key in shuffled(files, turn) if kept.count(key) <= turn}
         if not missing:
             continue
         with _fresh_process(profiler, list(missing.values()), protocol) as blocks:

@@ -14,7 +14,8 @@ _ISA = re.compile(r"avx|fma|vnni|amx|sse4|asimd|neon|sve|i8mm|bf16|fp16")
 
 def cpu_model() -> str:
     """The processor's name."""
-    match = re.search(r"model name\s*:\s*(.+)", _cpuinfo())
+    text = _cpuinfo()  # Arm boards name themselves at its end, with a capital
+    match = re.search(r"model name\s*:\s*(.+)", text) or re.search(r"Model\s*:\s*(.+)", text)
     return match[1].strip() if match else platform.processor() or platform.machine()
 
 

@@ -121,6 +121,12 @@ _NUMBERS = np.arange(1.0, 2049.0)
 _ROOTS = np.empty_like(_NUMBERS)
 
 
+def shuffled(keys: Iterable[str], turn: int) -> list[str]:
+    """The keys in an order of the turn's own, so that a drift hits other keys in every turn."""
+    ordered = sorted(keys)
+    return [ordered[place] for place in np.random.default_rng(turn).permutation(len(ordered))]
+
+
 def interval(values: Samples) -> tuple[float, float]:
     """The narrowest pair of order statistics, symmetric about the middle, that holds the median of
     what `values` (n,) are drawn from with probability 0.9 (Conover 1999, section 3.2); for fewer

@@ -30,7 +30,8 @@ from profilers.graphs import (
     read_ops,
 )
 from profilers.modules import Network
-from profilers.ort import WATCHED, OrtProfiler, optimised_operators, session_options
+from profilers.ort import OrtProfiler, optimised_operators
+from profilers.ort_session import WATCHED, session_options
 from quant.errors import InvalidInput
 from quant.precision import ONNXRUNTIME, Format, Precision
 

@@ -64,9 +64,11 @@ def test_flags_are_the_instruction_sets_that_decide_kernels(
 
 
 def test_arm_flags_are_read_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "cpuinfo").write_text("Features\t: fp asimd evtstrm aes asimddp i8mm bf16\n")
+    text = "Features\t: fp asimd evtstrm aes asimddp i8mm bf16\n\nModel\t\t: Some Board 5\n"
+    (tmp_path / "cpuinfo").write_text(text)
     monkeypatch.setattr(host, "_CPUINFO", tmp_path / "cpuinfo")
     assert host.cpu_flags() == "asimd asimddp bf16 i8mm"
+    assert host.cpu_model() == "Some Board 5"
 
 
 def test_a_system_without_these_files_is_still_described(

@@ -1,0 +1,34 @@
+"""What tests of several folders share: a Python that has NumPy and ONNX Runtime alone."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a virtual environment with links to the two packages and their libraries;
+    proved to have nothing else of ours. Start it without PYTHONPATH.
+    """
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for name in ("numpy", "onnxruntime"):
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.origin is not None
+        package = Path(spec.origin).parent
+        for found in (package, package.with_name(f"{name}.libs")):
+            if found.exists():
+                (site / found.name).symlink_to(found)
+    python = folder / "bin" / "python"
+    absent = ["torch", "onnx", "hwnas", "profilers", "latency_tables", "quant", "scipy", "brevitas"]
+    script = (
+        "import importlib.util, numpy, onnxruntime\n"
+        f"assert not [n for n in {absent} if importlib.util.find_spec(n)]"
+    )
+    subprocess.run([str(python), "-c", script], check=True, env={}, cwd=folder)
+    return python
