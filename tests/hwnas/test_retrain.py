@@ -1,6 +1,6 @@
 """Training one network: it learns, its norms are the data's, its files come back exactly."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,14 +52,6 @@ def extracted(precision: str, data: Splits, seed: int = 0) -> Network:
     supernet.initialise_ranges(batches[0])
     (architecture,) = space.enumerate()
     return supernet.extract(architecture, supernet.recalibrate(architecture, batches))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def quiet(label: str, done: int, steps: int) -> None:
