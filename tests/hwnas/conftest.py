@@ -23,6 +23,7 @@ import torch
 import hwnas
 from hwnas import cli
 from hwnas.costs.limits import AdditiveCost, Cost, counted_cost
+from hwnas.data import digits
 from hwnas.job import Job
 from hwnas.spaces.base import Architecture, Build, Choice, Position, SearchSpace, State
 from hwnas.spaces.blocks import conv_norm_activation
@@ -46,6 +47,16 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digits_once() -> Iterator[None]:
+    """What `--data digits` names is enlarged once, not by every command; nobody writes in it."""
+    made = digits()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hwnas.data.names.digits", lambda: made.mapped(lambda x: x))
+        yield
+    assert made.fingerprint == digits().fingerprint
 
 
 # ---- commands
