@@ -79,14 +79,17 @@ def arguments_of(command: str, folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def told(folder: Path, hwnas_in: Commands) -> dict[str, dict[str, Any]]:
+def told(
+    folder: Path, hwnas_in: Commands, measured_here: Callable[..., list[Measurement]]
+) -> dict[str, dict[str, Any]]:
     """What each command prints on success, and `failure` with everything that it can hold."""
     answers = {}
-    for command in COMMANDS:
-        answer = hwnas_in(folder, *arguments_of(command, folder))
-        assert answer.code == 0, answer.told
-        answers[command] = whole(answer.out)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hwnas.ship, "measure", measured_here)
+        for command in COMMANDS:
+            answer = hwnas_in(folder, *arguments_of(command, folder))
+            assert answer.code == 0, answer.told
+            answers[command] = whole(answer.out)
         patch.setattr(hwnas.run, "search_to_certificate", raising(Unstable("It was busy.")))
         answer = hwnas_in(folder, *arguments_of("search", folder))
     answers["failure"] = whole(answer.out)
@@ -406,7 +409,10 @@ def test_without_json_a_failure_prints_nothing_on_standard_output(
 
 
 def test_a_noisy_measurement_is_status_unstable_and_code_4(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, hwnas_in: Commands
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hwnas_in: Commands,
+    measured_here: Callable[..., list[Measurement]],
 ) -> None:
     measured = Measurement(20.0, 19.0, 30.0, 0.4, 20, stable=False)
     monkeypatch.setattr(hwnas.ship, "measure", lambda _, paths: [measured] * len(paths))
@@ -420,7 +426,7 @@ def test_a_noisy_measurement_is_status_unstable_and_code_4(
     content = whole(answer.out)
     assert_valid("verify", content)
     assert (answer.code, content["status"], content["holds"]) == (4, "failed", {"latency_ms": True})
-    monkeypatch.undo()
+    monkeypatch.setattr(hwnas.ship, "measure", measured_here)
     assert hwnas_in(folder, "search", *common).code == 0, "it is measured again"
 
 
