@@ -1,26 +1,189 @@
-"""Spaces small enough to list, costs for them, and a second process with another hash seed."""
+"""What several files share: spaces small enough to list and costs for them; commands in a folder, a
+folder whose table is measured, and measuring without fresh processes; a second process with
+another hash seed.
+"""
 
+import contextlib
+import io
+import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 import pytest
+import torch
 
 import hwnas
+from hwnas import cli
 from hwnas.costs.limits import AdditiveCost, Cost, counted_cost
+from hwnas.data import digits
+from hwnas.job import Job
 from hwnas.spaces.base import Architecture, Build, Choice, Position, SearchSpace, State
 from hwnas.spaces.blocks import conv_norm_activation
 from hwnas.spaces.mobile import Stage, mobile, mobile_tiny
 from latency_tables.model import LatencyModel, Quality
 from latency_tables.ops import Tensor
+from profilers.measure import Measurement, summarise
 from quant.precision import Precision
 
 ROOT = Path(hwnas.__file__).parents[1]
 UNKNOWN_QUALITY = Quality(0, 0, 0, 0, 0, 0, 0, 0)
+SPACE = f"{ROOT / 'examples' / 'own_space.py'}:space"
+SMALL = ("--space", SPACE, "--device", "simulated", "--recipe", "smoke")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """Results are compared to the last bit, which holds for equal numbers of threads; and threads
+    that wait for each other cost many times more than these tensors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digits_once() -> Iterator[None]:
+    """What `--data digits` names is enlarged once, not by every command; nobody writes in it."""
+    made = digits()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hwnas.data.names.digits", lambda: made.mapped(lambda x: x))
+        yield
+    assert made.fingerprint == digits().fingerprint
+
+
+# ---- commands
+
+
+class Answer(NamedTuple):
+    """What a command answered: its exit code, standard output and standard error."""
+
+    code: int
+    out: str
+    told: str
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The object on standard output."""
+        content: dict[str, Any] = json.loads(self.out)
+        return content
+
+    @property
+    def first_told(self) -> str:
+        """The first line of standard error."""
+        return self.told.splitlines()[0]
+
+
+@pytest.fixture(scope="session")
+def hwnas_in() -> Callable[..., Answer]:
+    """Give a command in a folder, in this process: `hwnas_in(folder, "search", "--json")`; inside
+    of a further context where one is given.
+    """
+
+    def give(
+        folder: Path, *arguments: str, within: AbstractContextManager[None] | None = None
+    ) -> Answer:
+        out, told = io.StringIO(), io.StringIO()
+        with (
+            contextlib.chdir(folder),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(told),
+            within or contextlib.nullcontext(),
+        ):
+            code = cli.run(list(arguments))
+        return Answer(code, out.getvalue(), told.getvalue())
+
+    return give
+
+
+@pytest.fixture(scope="session")
+def searched(
+    tmp_path_factory: pytest.TempPathFactory, hwnas_in: Callable[..., Answer]
+) -> tuple[Path, Answer]:
+    """A folder in which a search has finished, whose networks fresh processes measured, and what it
+    answered. To be copied, and not to be written.
+    """
+    folder = tmp_path_factory.mktemp("searched")
+    answer = hwnas_in(folder, "search", *SMALL, "--limit-fraction", "0.5", "--json")
+    assert answer.code == 0, answer.told
+    return folder, answer
+
+
+@pytest.fixture(scope="session")
+def searched_by_process(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, "subprocess.CompletedProcess[str]"]:
+    """The same search as a process of its own, quiet, from nothing and under another hash seed; its
+    folder, in which the run is called `run`, and how it ended.
+    """
+    folder = tmp_path_factory.mktemp("process")
+    hash_seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    done = subprocess.run(
+        [sys.executable, "-m", "hwnas", "search", *SMALL, "--limit-fraction", "0.5", "--quiet",
+         "--run", "run"],
+        cwd=folder,
+        env={**os.environ, "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    return folder, done
+
+
+@pytest.fixture(scope="session")
+def searched_as(searched: tuple[Path, Answer]) -> Callable[[Path, str], Path]:
+    """Copy the finished search into a folder, its run under a name; the folder."""
+
+    def copy(folder: Path, run: str) -> Path:
+        shutil.copytree(searched[0] / "tables", folder / "tables")
+        shutil.copytree(searched[0] / searched[1].content["run"], folder / run)
+        return folder
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def profiled(searched: tuple[Path, Answer]) -> Callable[[Path], Path]:
+    """Copy the table of the small space into a folder, to search in it at once; the folder."""
+
+    def copy(folder: Path) -> Path:
+        shutil.copytree(searched[0] / "tables", folder / "tables")
+        return folder
+
+    return copy
+
+
+def _measured_here(job: Job, paths: Sequence[Path], *_: object) -> list[Measurement]:
+    found = []
+    for path in paths:
+        with job.profiler.prepare(onnx.load(path)) as session:
+            block = session.block(job.recipe.protocol).round(3)  # as it is told between processes
+            found.append(summarise([block] * job.recipe.processes, job.recipe.protocol))
+    return found
+
+
+@pytest.fixture(scope="session")
+def measured_here() -> Callable[..., list[Measurement]]:
+    """The same measurement without fresh processes, which take a second each to start; this
+    process's device counts.
+    """
+    return _measured_here
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks are measured in this process: the simulated device answers the same."""
+    monkeypatch.setattr("hwnas.ship.measure", _measured_here)
+    monkeypatch.setattr("hwnas.job.measure", _measured_here)
+
+
+# ---- spaces and costs
 
 
 @pytest.fixture(scope="session")
@@ -129,6 +292,9 @@ def cost_named(
         return latency_like(space) if name == "latency_ms" else counted_cost(space, name)
 
     return build
+
+
+# ---- another process
 
 
 @pytest.fixture(scope="session")

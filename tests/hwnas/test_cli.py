@@ -3,7 +3,6 @@ test_screen.py; damaged files are in test_bad_input.py, real kills in test_stopp
 """
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -13,24 +12,21 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import onnx
 import pytest
-import torch
 import yaml
 from typer.main import get_command
 
 from hwnas import cli, opening
-from hwnas.job import LIMITS, Job
+from hwnas.job import LIMITS
 from hwnas.spaces.base import Architecture
 from hwnas.spaces.registry import load_space
 from hwnas.supernet.evaluator import Evaluation, Evaluator
 from latency_tables.ops import OpSpec, peak_activation_bytes, total
 from latency_tables.table import LatencyTable
-from profilers.measure import Measurement, summarise
 from quant.errors import TableError
 
 ROOT = Path(__file__).parents[2]
@@ -38,35 +34,8 @@ SPACE = f"{ROOT / 'examples' / 'own_space.py'}:space"
 SMALL = ("--space", SPACE, "--device", "simulated", "--recipe", "smoke")
 COMMANDS = get_command(cli.app).commands  # type: ignore[attr-defined]
 EVERY = [*COMMANDS, "tables show"]
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    told: str
-
-    @property
-    def content(self) -> dict[str, Any]:
-        """The object on standard output."""
-        content: dict[str, Any] = json.loads(self.out)
-        return content
-
-    @property
-    def first_told(self) -> str:
-        """The first line of standard error."""
-        return self.told.splitlines()[0]
-
-
-def hwnas_in(folder: Path, *arguments: str) -> Answer:
-    """What a command answers in a folder."""
-    out, told, before = io.StringIO(), io.StringIO(), Path.cwd()
-    os.chdir(folder)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(told):
-            code = cli.run(list(arguments))
-    finally:
-        os.chdir(before)
-    return Answer(code, out.getvalue(), told.getvalue())
+Answer = Any  # of conftest.py, as `hwnas_in` gives it
+Commands = Callable[..., Answer]
 
 
 def process_in(folder: Path, *arguments: str, **more: Any) -> "subprocess.CompletedProcess[str]":
@@ -80,52 +49,23 @@ def process_in(folder: Path, *arguments: str, **more: Any) -> "subprocess.Comple
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def measured_here(job: Job, paths: Sequence[Path], *_: object) -> list[Measurement]:
-    """The same measurement without fresh processes, which take a second each to start."""
-    found = []
-    for path in paths:
-        with job.profiler.prepare(onnx.load(path)) as session:
-            block = session.block(job.recipe.protocol).round(3)
-            found.append(summarise([block] * job.recipe.processes, job.recipe.protocol))
-    return found
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks are measured in this process: the simulated device answers the same."""
-    monkeypatch.setattr("hwnas.ship.measure", measured_here)
-    monkeypatch.setattr("hwnas.job.measure", measured_here)
-
-
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answer]:
-    """A folder in which a search has finished, and what it answered."""
-    folder = tmp_path_factory.mktemp("searched")
-    answer = hwnas_in(folder, "search", *SMALL, "--limit-fraction", "0.5", "--json")
-    assert answer.code == 0, answer.told
-    return folder, answer
-
-
-@pytest.fixture(scope="module")
-def folder(searched: tuple[Path, Answer]) -> Path:
-    return searched[0]
-
-
 @pytest.fixture(scope="module")
 def summary(searched: tuple[Path, Answer]) -> dict[str, Any]:
-    return searched[1].content
+    return dict(searched[1].content)
 
 
 @pytest.fixture(scope="module")
-def ranges(folder: Path) -> dict[str, tuple[float, float]]:
+def folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    searched_as: Callable[[Path, str], Path],
+    summary: dict[str, Any],
+) -> Path:
+    """A folder in which that search has finished."""
+    return searched_as(tmp_path_factory.mktemp("searched"), summary["run"])
+
+
+@pytest.fixture(scope="module")
+def ranges(folder: Path, hwnas_in: Commands) -> dict[str, tuple[float, float]]:
     """The smallest and the largest value of each cost, as a limit that is too low is answered."""
     found = {}
     for name, flag in LIMITS.items():
@@ -156,7 +96,7 @@ def test_help_answers_at_once_and_loads_neither_torch_nor_pandas() -> None:
     assert min(seconds) < 0.5
 
 
-def test_without_arguments_it_is_help(tmp_path: Path) -> None:
+def test_without_arguments_it_is_help(tmp_path: Path, hwnas_in: Commands) -> None:
     alone, asked = hwnas_in(tmp_path), hwnas_in(tmp_path, "--help")
     assert alone == asked
     assert alone.code == 0
@@ -165,7 +105,7 @@ def test_without_arguments_it_is_help(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", EVERY)
 def test_every_command_has_help_with_an_example_that_parses(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hwnas_in: Commands
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     answer = hwnas_in(tmp_path, *command.split(), "-h")
@@ -249,15 +189,17 @@ def test_search_prints_one_object_and_talks_on_standard_error(
         assert f"\n{words}" in f"\n{answer.told}"
 
 
-def test_quiet_prints_nothing_on_standard_error_even_as_a_process(tmp_path: Path) -> None:
-    answer = process_in(tmp_path, "search", *SMALL, "--limit-fraction", "0.5", "--quiet")
+def test_quiet_prints_nothing_on_standard_error_even_as_a_process(
+    searched_by_process: tuple[Path, "subprocess.CompletedProcess[str]"],
+) -> None:
+    _, answer = searched_by_process
     assert answer.returncode == 0
     assert answer.stderr == ""
     assert answer.stdout.startswith("limit ")
 
 
 @pytest.mark.usefixtures("quick")
-def test_quiet_results_are_those_that_are_told_aloud(folder: Path) -> None:
+def test_quiet_results_are_those_that_are_told_aloud(folder: Path, hwnas_in: Commands) -> None:
     common = ("search", *SMALL, "--limit-fraction", "0.5")
     aloud, quiet = hwnas_in(folder, *common), hwnas_in(folder, *common, "-q")
     assert aloud.out == quiet.out
@@ -265,7 +207,7 @@ def test_quiet_results_are_those_that_are_told_aloud(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_verbose_tells_every_stage(tmp_path: Path) -> None:
+def test_verbose_tells_every_stage(tmp_path: Path, hwnas_in: Commands) -> None:
     common = ("search", *SMALL, "--limit-fraction", "0.5")
     answer = hwnas_in(tmp_path, *common, "--verbose")
     stages = re.findall(r"^\d\d:\d\d:\d\d (\w+) ", answer.told, re.MULTILINE)
@@ -273,14 +215,14 @@ def test_verbose_tells_every_stage(tmp_path: Path) -> None:
     assert not re.search(r"^\d\d:\d\d:\d\d ", hwnas_in(tmp_path, *common, "--seed", "1").told)
 
 
-def test_quiet_contradicts_verbose(tmp_path: Path) -> None:
+def test_quiet_contradicts_verbose(tmp_path: Path, hwnas_in: Commands) -> None:
     answer = hwnas_in(tmp_path, "search", *SMALL, "--limit-fraction", "0.5", "-q", "-v")
     assert answer.code == 2
     assert "--quiet contradicts --verbose" in answer.told
 
 
 def test_a_defect_of_ours_is_code_1_with_its_traceback_and_still_one_object(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hwnas_in: Commands
 ) -> None:
     def broken(job: object) -> None:
         raise ZeroDivisionError("a defect")
@@ -293,7 +235,7 @@ def test_a_defect_of_ours_is_code_1_with_its_traceback_and_still_one_object(
 
 
 def test_an_error_is_told_whole_brackets_included(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hwnas_in: Commands
 ) -> None:
     key = "fp32 [fp32:3x32x32] conv(0) c16 k3 s2 g1 n"
 
@@ -341,7 +283,9 @@ def test_a_reader_of_standard_error_that_leaves_does_not_stop_the_search(
 # ---- runs, tables, spaces, devices
 
 
-def test_the_newest_matching_run_is_taken_again(folder: Path, summary: dict[str, Any]) -> None:
+def test_the_newest_matching_run_is_taken_again(
+    folder: Path, summary: dict[str, Any], hwnas_in: Commands
+) -> None:
     again = hwnas_in(folder, "search", *SMALL, "--limit-fraction", "0.5", "--json")
     assert again.code == 0
     assert again.content == summary
@@ -352,7 +296,7 @@ def test_the_newest_matching_run_is_taken_again(folder: Path, summary: dict[str,
 
 @pytest.mark.parametrize("command", ["retrain", "export", "verify"])
 def test_the_later_stages_work_on_the_newest_result(
-    folder: Path, summary: dict[str, Any], command: str
+    folder: Path, summary: dict[str, Any], command: str, hwnas_in: Commands
 ) -> None:
     answer = hwnas_in(folder, command, "--run", summary["run"], "--tables", "elsewhere", "--json")
     assert answer.code == 0, answer.told
@@ -361,7 +305,7 @@ def test_the_later_stages_work_on_the_newest_result(
 
 
 def test_without_run_the_later_stages_take_the_newest_run(
-    folder: Path, summary: dict[str, Any]
+    folder: Path, summary: dict[str, Any], hwnas_in: Commands
 ) -> None:
     newest = max((folder / "runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
     os.utime(folder / summary["run"] / "config.yaml")
@@ -369,7 +313,9 @@ def test_without_run_the_later_stages_take_the_newest_run(
     assert hwnas_in(folder, "retrain", "--json").content["run"] == summary["run"]
 
 
-def test_a_flag_that_contradicts_the_run_is_named(folder: Path, summary: dict[str, Any]) -> None:
+def test_a_flag_that_contradicts_the_run_is_named(
+    folder: Path, summary: dict[str, Any], hwnas_in: Commands
+) -> None:
     for flag, value in (("--seed", "7"), ("--device", "cpu"), ("--batch", "2"),
                         ("--recipe", "quick"), ("--data", "other.npz")):  # fmt: skip
         answer = hwnas_in(folder, "train", "--run", summary["run"], flag, value)
@@ -377,7 +323,9 @@ def test_a_flag_that_contradicts_the_run_is_named(folder: Path, summary: dict[st
         assert f"{flag} {value} contradicts {summary['run']}" in answer.told
 
 
-def test_flags_that_were_not_given_are_the_runs_own(folder: Path, summary: dict[str, Any]) -> None:
+def test_flags_that_were_not_given_are_the_runs_own(
+    folder: Path, summary: dict[str, Any], hwnas_in: Commands
+) -> None:
     answer = hwnas_in(
         folder, "search", "--run", summary["run"], "--limit-fraction", "0.5", "--json"
     )
@@ -386,7 +334,7 @@ def test_flags_that_were_not_given_are_the_runs_own(folder: Path, summary: dict[
 
 
 def test_runs_lists_every_run_with_its_results_newest_first(
-    folder: Path, summary: dict[str, Any]
+    folder: Path, summary: dict[str, Any], hwnas_in: Commands
 ) -> None:
     os.utime(folder / summary["run"] / "config.yaml")
     first = hwnas_in(folder, "runs", "--json").content["runs"][0]
@@ -400,7 +348,7 @@ def test_runs_lists_every_run_with_its_results_newest_first(
     assert f"{summary['accuracy']['test']:.2%}" in told
 
 
-def test_tables_and_tables_show_tell_what_is_in_a_table(folder: Path) -> None:
+def test_tables_and_tables_show_tell_what_is_in_a_table(folder: Path, hwnas_in: Commands) -> None:
     (path,) = (folder / "tables").glob("*.parquet")
     table = LatencyTable.load(path)
     (listed,) = hwnas_in(folder, "tables", "--json").content["tables"]
@@ -416,7 +364,7 @@ def test_tables_and_tables_show_tell_what_is_in_a_table(folder: Path) -> None:
     assert name in hwnas_in(folder, "tables").out
 
 
-def test_json_before_the_inner_command_counts_too(folder: Path) -> None:
+def test_json_before_the_inner_command_counts_too(folder: Path, hwnas_in: Commands) -> None:
     (path,) = (folder / "tables").glob("*.parquet")
     one = hwnas_in(folder, "tables", "--json", "show", str(path))
     assert one.content == hwnas_in(folder, "tables", "show", str(path), "--json").content
@@ -432,7 +380,7 @@ def test_json_before_the_inner_command_counts_too(folder: Path) -> None:
     ],
 )
 def test_an_empty_folder_is_told_and_is_no_failure(
-    command: tuple[str, ...], words: str, tmp_path: Path
+    command: tuple[str, ...], words: str, tmp_path: Path, hwnas_in: Commands
 ) -> None:
     answer = hwnas_in(tmp_path, *command)
     assert answer.code == 0
@@ -442,7 +390,9 @@ def test_an_empty_folder_is_told_and_is_no_failure(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_devices_tells_which_can_be_measured_and_why_not(tmp_path: Path) -> None:
+def test_devices_tells_which_can_be_measured_and_why_not(
+    tmp_path: Path, hwnas_in: Commands
+) -> None:
     found = {x["device"]: x for x in hwnas_in(tmp_path, "devices", "--json").content["devices"]}
     assert found["cpu"]["usable"]
     assert found["simulated"]["usable"]
@@ -452,7 +402,7 @@ def test_devices_tells_which_can_be_measured_and_why_not(tmp_path: Path) -> None
     assert "simulated" in hwnas_in(tmp_path, "devices").out
 
 
-def test_spaces_counts_what_a_brute_force_counts(tmp_path: Path) -> None:
+def test_spaces_counts_what_a_brute_force_counts(tmp_path: Path, hwnas_in: Commands) -> None:
     (found,) = hwnas_in(tmp_path, "spaces", "--space", SPACE, "--json").content["spaces"]
     size = found["image_size"]
     space = load_space(SPACE, classes=10, image_channels=3, size=size)
@@ -471,7 +421,9 @@ def test_spaces_counts_what_a_brute_force_counts(tmp_path: Path) -> None:
     ]
 
 
-def test_predict_tells_the_latency_op_by_op(folder: Path, summary: dict[str, Any]) -> None:
+def test_predict_tells_the_latency_op_by_op(
+    folder: Path, summary: dict[str, Any], hwnas_in: Commands
+) -> None:
     model = summary["model"]
     found = hwnas_in(folder, "predict", model, "--json").content
     assert found["latency_ms"] == pytest.approx(summary["predicted"]["latency_ms"], rel=1e-12)
@@ -487,7 +439,9 @@ def test_predict_tells_the_latency_op_by_op(folder: Path, summary: dict[str, Any
     assert all(op["key"] in told for op in found["ops"])
 
 
-def test_predict_takes_a_table_that_is_named(folder: Path, summary: dict[str, Any]) -> None:
+def test_predict_takes_a_table_that_is_named(
+    folder: Path, summary: dict[str, Any], hwnas_in: Commands
+) -> None:
     (table,) = (folder / "tables").glob("*.parquet")
     found = hwnas_in(folder, "predict", summary["model"], "--table", str(table), "--json").content
     assert found["table"] == str(table)
@@ -500,7 +454,7 @@ def test_predict_takes_a_table_that_is_named(folder: Path, summary: dict[str, An
 
 @pytest.mark.usefixtures("quick")
 def test_tables_are_kept_where_hwnas_home_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hwnas_in: Commands
 ) -> None:
     monkeypatch.setenv("HWNAS_HOME", str(tmp_path / "home"))
     answer = hwnas_in(tmp_path, "profile", *SMALL, "--json")
@@ -575,7 +529,11 @@ def assert_under_every_limit(
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", LIMITS)
 def test_each_limit_alone_is_a_law(
-    name: str, folder: Path, summary: dict[str, Any], ranges: dict[str, tuple[float, float]]
+    name: str,
+    folder: Path,
+    summary: dict[str, Any],
+    ranges: dict[str, tuple[float, float]],
+    hwnas_in: Commands,
 ) -> None:
     value = middle(*ranges[name])
     common = ("search", *SMALL, "--run", summary["run"], "--json")
@@ -596,6 +554,7 @@ def test_several_limits_together_are_a_law(
     folder: Path,
     summary: dict[str, Any],
     ranges: dict[str, tuple[float, float]],
+    hwnas_in: Commands,
 ) -> None:
     asked = {name: middle(*ranges[name], 0.5) for name in names}
     flags = [word for name in names for word in (LIMITS[name], repr(asked[name]))]
@@ -608,7 +567,11 @@ def test_several_limits_together_are_a_law(
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 1.0])
 def test_a_fraction_is_a_latency_between_the_smallest_and_the_largest(
-    fraction: float, folder: Path, summary: dict[str, Any], ranges: dict[str, tuple[float, float]]
+    fraction: float,
+    folder: Path,
+    summary: dict[str, Any],
+    ranges: dict[str, tuple[float, float]],
+    hwnas_in: Commands,
 ) -> None:
     low, high = ranges["latency_ms"]
     common = ("search", *SMALL, "--run", summary["run"], "--json")
@@ -631,7 +594,7 @@ def test_a_limit_from_a_fraction_is_short_and_never_below_the_value(value: float
 @pytest.mark.parametrize("value", ["-1", "0", "nan", "inf", "-inf"])
 @pytest.mark.parametrize("flag", LIMITS.values())
 def test_a_limit_that_is_no_positive_number_is_refused_by_its_flag(
-    flag: str, value: str, tmp_path: Path
+    flag: str, value: str, tmp_path: Path, hwnas_in: Commands
 ) -> None:
     answer = hwnas_in(tmp_path, "search", *SMALL, flag, value, "--json")
     assert answer.code == 2
@@ -640,7 +603,7 @@ def test_a_limit_that_is_no_positive_number_is_refused_by_its_flag(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_search_needs_a_limit_and_not_two_of_latency(tmp_path: Path) -> None:
+def test_a_search_needs_a_limit_and_not_two_of_latency(tmp_path: Path, hwnas_in: Commands) -> None:
     answer = hwnas_in(tmp_path, "search", *SMALL, "--json")
     assert answer.code == 2
     assert all(flag in answer.content["error"]["accepted"] for flag in LIMITS.values())
@@ -651,8 +614,13 @@ def test_a_search_needs_a_limit_and_not_two_of_latency(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("place", ["with a table", "in a fresh folder"])
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        *((name, "with a table") for name in LIMITS),
+        *((name, "in a fresh folder") for name in LIMITS if name not in ("macs", "bitops")),
+    ],
+)
 def test_a_limit_that_does_not_bind_is_said_in_the_first_line(
     name: str,
     place: str,
@@ -660,6 +628,7 @@ def test_a_limit_that_does_not_bind_is_said_in_the_first_line(
     summary: dict[str, Any],
     ranges: dict[str, tuple[float, float]],
     tmp_path: Path,
+    hwnas_in: Commands,
 ) -> None:
     """On standard output and on standard error, with the reachable range and a limit that binds."""
     low, high = ranges[name]
@@ -690,7 +659,10 @@ def numbers_of(line: str) -> list[float]:
 
 @pytest.mark.usefixtures("quick")
 def test_limits_that_do_not_bind_come_before_one_that_does(
-    folder: Path, summary: dict[str, Any], ranges: dict[str, tuple[float, float]]
+    folder: Path,
+    summary: dict[str, Any],
+    ranges: dict[str, tuple[float, float]],
+    hwnas_in: Commands,
 ) -> None:
     flags = ("--max-params", repr(middle(*ranges["params"])), "--max-macs", "1e12")
     answer = hwnas_in(folder, "search", *SMALL, "--run", summary["run"], *flags)
@@ -701,7 +673,7 @@ def test_limits_that_do_not_bind_come_before_one_that_does(
 
 
 def test_a_limit_below_the_reachable_is_code_3_and_names_the_smallest(
-    folder: Path, summary: dict[str, Any]
+    folder: Path, summary: dict[str, Any], hwnas_in: Commands
 ) -> None:
     answer = hwnas_in(folder, "search", *SMALL, "--latency-ms", "0.0001", "--json")
     failure = answer.content
@@ -713,7 +685,7 @@ def test_a_limit_below_the_reachable_is_code_3_and_names_the_smallest(
 
 @pytest.mark.parametrize("name", [name for name in LIMITS if name != "latency_ms"])
 def test_a_counted_limit_that_cannot_be_met_is_refused_before_any_profiling(
-    name: str, tmp_path: Path, ranges: dict[str, tuple[float, float]]
+    name: str, tmp_path: Path, ranges: dict[str, tuple[float, float]], hwnas_in: Commands
 ) -> None:
     low, high = ranges[name]
     answer = hwnas_in(tmp_path, "search", *SMALL, LIMITS[name], repr(low * 0.999), "--json")
@@ -726,8 +698,12 @@ def test_a_counted_limit_that_cannot_be_met_is_refused_before_any_profiling(
     assert list(tmp_path.iterdir()) == [], "nothing was measured, let alone trained"
 
 
+@pytest.mark.usefixtures("quick")
 def test_the_smallest_reachable_value_itself_can_be_met(
-    folder: Path, summary: dict[str, Any], ranges: dict[str, tuple[float, float]]
+    folder: Path,
+    summary: dict[str, Any],
+    ranges: dict[str, tuple[float, float]],
+    hwnas_in: Commands,
 ) -> None:
     flags = [w for name in LIMITS for w in (LIMITS[name], repr(ranges[name][0]))]
     answer = hwnas_in(folder, "search", *SMALL, "--run", summary["run"], *flags, "--json")
@@ -767,7 +743,7 @@ def space(*, classes, image_channels, size):
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("second", ["macs", "latency_ms"])
 def test_limits_that_cannot_be_met_together_are_code_3_before_any_training(
-    second: str, tmp_path: Path
+    second: str, tmp_path: Path, hwnas_in: Commands
 ) -> None:
     (tmp_path / "apart.py").write_text(APART)
     common = ("search", "--space", "apart.py:space", *SMALL[2:], "--json")
@@ -801,6 +777,7 @@ def test_other_limits_on_a_run_train_no_supernet_and_score_nothing_twice(
     summary: dict[str, Any],
     ranges: dict[str, tuple[float, float]],
     monkeypatch: pytest.MonkeyPatch,
+    hwnas_in: Commands,
 ) -> None:
     supernet = folder / summary["run"] / "supernet.pt"
     before = (supernet.stat().st_mtime_ns, supernet.stat().st_ino)
@@ -844,7 +821,7 @@ def config(folder: Path, **fields: Any) -> str:
 
 @pytest.mark.usefixtures("quick")
 def test_a_configuration_file_stands_for_its_flags_and_flags_win(
-    folder: Path, summary: dict[str, Any]
+    folder: Path, summary: dict[str, Any], hwnas_in: Commands
 ) -> None:
     file = config(
         folder, space=SPACE, device="cpu", threads=64, recipe={"name": "quick"}, seed=5,
@@ -861,7 +838,7 @@ def test_a_configuration_file_stands_for_its_flags_and_flags_win(
 
 @pytest.mark.usefixtures("quick")
 def test_a_fraction_on_the_command_line_wins_over_a_latency_in_the_file(
-    folder: Path, summary: dict[str, Any]
+    folder: Path, summary: dict[str, Any], hwnas_in: Commands
 ) -> None:
     file = config(folder, run=summary["run"], limits={"latency_ms": 0.001})
     answer = hwnas_in(folder, "search", "--config", file, "--limit-fraction", "0.5", "--json")
@@ -871,7 +848,7 @@ def test_a_fraction_on_the_command_line_wins_over_a_latency_in_the_file(
 
 @pytest.mark.usefixtures("quick")
 def test_tables_and_run_of_the_file_are_used_and_the_effective_configuration_is_stored(
-    tmp_path: Path,
+    tmp_path: Path, hwnas_in: Commands
 ) -> None:
     recipe = {"name": "smoke", "evaluations": 6, "supernet": {"steps": 4, "flip": True}}
     file = config(
@@ -909,7 +886,7 @@ def test_tables_and_run_of_the_file_are_used_and_the_effective_configuration_is_
     ],
 )
 def test_a_wrong_field_of_a_configuration_file_is_named_with_its_path(
-    fields: dict[str, Any], words: str, tmp_path: Path
+    fields: dict[str, Any], words: str, tmp_path: Path, hwnas_in: Commands
 ) -> None:
     file = config(tmp_path, **{"device": "simulated", "limits": {"params": 1e4}, **fields})
     answer = hwnas_in(tmp_path, "search", "--config", file, "--json")
@@ -923,7 +900,7 @@ def test_a_wrong_field_of_a_configuration_file_is_named_with_its_path(
     [(None, "cannot be read"), ("a: [b", "is not readable YAML"), ("- 1", "run.yaml")],
 )
 def test_a_configuration_file_that_is_none_is_refused(
-    content: str | None, words: str, tmp_path: Path
+    content: str | None, words: str, tmp_path: Path, hwnas_in: Commands
 ) -> None:
     if content is not None:
         (tmp_path / "run.yaml").write_text(content)
@@ -934,7 +911,7 @@ def test_a_configuration_file_that_is_none_is_refused(
 
 
 def test_a_file_that_contradicts_the_run_is_named_by_the_flag(
-    folder: Path, summary: dict[str, Any]
+    folder: Path, summary: dict[str, Any], hwnas_in: Commands
 ) -> None:
     for fields, words in (
         ({"seed": 4}, "--seed 4 contradicts"),
@@ -969,7 +946,9 @@ def test_a_file_that_contradicts_the_run_is_named_by_the_flag(
         ("export --format caffe", "--format is 'caffe'"),
     ],
 )
-def test_bad_input_gets_one_sentence_and_code_2(arguments: str, words: str, tmp_path: Path) -> None:
+def test_bad_input_gets_one_sentence_and_code_2(
+    arguments: str, words: str, tmp_path: Path, hwnas_in: Commands
+) -> None:
     answer = hwnas_in(tmp_path, *arguments.split(), "--json")
     assert answer.code == answer.content["exit_code"] == 2
     assert words in answer.content["error"]["what"]
@@ -979,7 +958,9 @@ def test_bad_input_gets_one_sentence_and_code_2(arguments: str, words: str, tmp_
 
 
 @pytest.mark.parametrize("command", ["retrain", "export", "verify"])
-def test_a_run_that_was_only_trained_has_no_result_yet(command: str, tmp_path: Path) -> None:
+def test_a_run_that_was_only_trained_has_no_result_yet(
+    command: str, tmp_path: Path, hwnas_in: Commands
+) -> None:
     answer = hwnas_in(tmp_path, "train", *SMALL, "--run", "run", "--json")
     assert answer.code == 0, answer.told
     answer = hwnas_in(tmp_path, command, "--run", "run", "--json")
@@ -991,8 +972,9 @@ def test_a_run_that_was_only_trained_has_no_result_yet(command: str, tmp_path: P
 # ---- signals
 
 
-@pytest.mark.parametrize("signals", [(signal.SIGINT,), (signal.SIGTERM,),
-                                     (signal.SIGINT, signal.SIGINT, signal.SIGTERM)])  # fmt: skip
+@pytest.mark.parametrize(
+    "signals", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT, signal.SIGTERM)]
+)
 def test_a_signal_is_code_130_and_the_same_command_goes_on(
     signals: tuple[signal.Signals, ...], tmp_path: Path
 ) -> None:

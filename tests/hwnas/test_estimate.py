@@ -3,14 +3,13 @@
 import hashlib
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 
 import hwnas.estimate
@@ -33,14 +32,6 @@ from quant.errors import InvalidInput
 SPACE = str(Path(__file__).parents[2] / "examples" / "own_space.py") + ":space"
 MODEL = LatencyModel({"fp32": 0.83, "w8a8": 1.07}, 1.5, 12.7, 1.073, 0.99, Quality(*[0] * 8))
 STEP_S = 0.25
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Stop:

@@ -3,19 +3,14 @@
 import contextlib
 import dataclasses
 import json
-import os
 import sqlite3
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnxruntime
 import pytest
-import torch
 
 import hwnas.run
 from hwnas import loop
@@ -30,10 +25,13 @@ from hwnas.supernet.evaluator import Evaluation, Evaluator
 from latency_tables.table import LatencyTable
 from profilers import simulated
 from profilers.build import Progress, quiet
-from profilers.measure import Measurement, summarise
+from profilers.measure import Measurement
 from quant.errors import HwnasError, InvalidInput, Unreachable, Unstable
 
 SPACE = str(Path(__file__).parents[2] / "examples" / "own_space.py") + ":space"
+
+Measured = Callable[..., list[Measurement]]
+Prepare = Callable[[Path], Path]
 
 
 def job_in(folder: Path, progress: Progress = quiet, **fields: Any) -> Job:
@@ -57,35 +55,11 @@ def certified(folder: Path, progress: Progress = quiet) -> tuple[Job, Run, dict[
     return job, run, hwnas.run.search_to_certificate(job, run, [limit])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Results are compared to the last bit, which holds for equal numbers of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def measured_here(job: Job, paths: Sequence[Path], *_: object) -> list[Measurement]:
-    """The same measurement without fresh processes, so that this process's device counts."""
-    found = []
-    for path in paths:
-        with job.profiler.prepare(onnx.load(path)) as session:
-            block = session.block(job.recipe.protocol).round(3)
-            found.append(summarise([block] * job.recipe.processes, job.recipe.protocol))
-    return found
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks are measured in this process: the simulated device answers the same."""
-    monkeypatch.setattr("hwnas.ship.measure", measured_here)
-    monkeypatch.setattr("hwnas.job.measure", measured_here)
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Run, dict[str, Any]]:
-    return certified(tmp_path_factory.mktemp("finished"))
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, profiled: Prepare
+) -> tuple[Job, Run, dict[str, Any]]:
+    return certified(profiled(tmp_path_factory.mktemp("finished")))
 
 
 def test_the_summary_holds_what_a_caller_needs(finished: tuple[Job, Run, dict[str, Any]]) -> None:
@@ -146,9 +120,9 @@ def test_no_row_of_the_history_is_over_its_limit(
 
 @pytest.mark.usefixtures("quick")
 def test_an_infeasible_architecture_is_never_scored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, profiled: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = job_in(tmp_path)
+    job = job_in(profiled(tmp_path))
     limit = job.latency_limit(middle(job))
     feasible = FeasibleSet(job.space, [limit])
     scored: list[Architecture] = []
@@ -177,8 +151,10 @@ def test_an_unreachable_limit_is_answered_before_any_training(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_limit_just_above_the_smallest_reachable_succeeds(tmp_path: Path) -> None:
-    job = job_in(tmp_path)
+def test_a_limit_just_above_the_smallest_reachable_succeeds(
+    tmp_path: Path, profiled: Prepare
+) -> None:
+    job = job_in(profiled(tmp_path))
     limit = job.latency_limit(job.latency_range().smallest * 1.02)
     summary = hwnas.run.search_to_certificate(job, hwnas.run.open_run(job), [limit])
     assert summary["measured"]["median_ms"] <= limit.value
@@ -234,12 +210,15 @@ class Stop:
 )
 def test_a_run_that_its_caller_stopped_ends_as_an_undisturbed_one(
     tmp_path: Path,
+    profiled: Prepare,
     finished: tuple[Job, Run, dict[str, Any]],
     stage: str,
     at: int,
     error: BaseException,
 ) -> None:
     """Through the library; processes that are really killed are in test_stopping.py."""
+    if stage != "timing ops":
+        profiled(tmp_path)
     with pytest.raises(type(error)) as caught:
         certified(tmp_path, Stop(stage, at, error))
     assert caught.value is error
@@ -256,9 +235,9 @@ def assert_same(summary: dict[str, Any], finished: tuple[Job, Run, dict[str, Any
 
 @pytest.mark.usefixtures("quick")
 def test_the_stages_one_by_one_end_as_the_whole_path(
-    tmp_path: Path, finished: tuple[Job, Run, dict[str, Any]]
+    tmp_path: Path, profiled: Prepare, finished: tuple[Job, Run, dict[str, Any]]
 ) -> None:
-    job = job_in(tmp_path)
+    job = job_in(profiled(tmp_path))
     run = hwnas.run.open_run(job)
     hwnas.run.train(job, run)
     limits = [job.latency_limit(middle(job))]
@@ -296,8 +275,8 @@ def test_a_finished_stage_does_nothing_again(
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_order_of_limits_makes_no_difference(tmp_path: Path) -> None:
-    job = job_in(tmp_path)
+def test_the_order_of_limits_makes_no_difference(tmp_path: Path, profiled: Prepare) -> None:
+    job = job_in(profiled(tmp_path))
     values = {"params": 40_000.0, "macs": 1e6, "latency_ms": middle(job)}
     limits = job.limits(values)
     backwards = list(reversed(job.limits(dict(reversed(values.items())))))
@@ -312,9 +291,9 @@ def test_the_order_of_limits_makes_no_difference(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_proposals_are_kept_before_the_first_of_them_is_scored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, profiled: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = job_in(tmp_path)
+    job = job_in(profiled(tmp_path))
     run = hwnas.run.open_run(job)
     limits = [job.latency_limit(middle(job))]
 
@@ -332,30 +311,21 @@ def test_proposals_are_kept_before_the_first_of_them_is_scored(
     assert not run.result(hwnas.run.limits_name(limits)).exists()
 
 
-def test_the_same_seed_gives_the_same_model_under_another_hash_seed(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hwnas", "search", "--space", SPACE, "--device", "simulated"]
-    command += ["--recipe", "smoke", "--limit-fraction", "0.5", "--json"]
-
-    processes = {
-        hash_seed: subprocess.Popen(
-            [*command, "--run", f"run-{hash_seed}", "--tables", f"tables-{hash_seed}"],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for hash_seed in ("1", "2")
-    }
-    first, second = (json.loads(process.communicate()[0]) for process in processes.values())
-    assert first["architecture"] == second["architecture"]
-    models = [(tmp_path / summary["model"]).read_bytes() for summary in (first, second)]
-    assert models[0] == models[1]
+def test_the_same_seed_gives_the_same_model_under_another_hash_seed(
+    searched: tuple[Path, Any], searched_by_process: tuple[Path, Any]
+) -> None:
+    """Once in this process and once in one of its own, from the table to the file."""
+    folder, answer = searched
+    one = folder / answer.content["model"]
+    (other,) = searched_by_process[0].glob("run/results/*/model.onnx")
+    architectures = [json.loads(x.with_name("architecture.json").read_text()) for x in (one, other)]
+    assert architectures[0] == architectures[1]
+    assert one.read_bytes() == other.read_bytes()
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_table_measured_anew_is_searched_anew(tmp_path: Path) -> None:
-    job, run, summary = certified(tmp_path)
+def test_a_table_measured_anew_is_searched_anew(tmp_path: Path, profiled: Prepare) -> None:
+    job, run, summary = certified(profiled(tmp_path))
     result = Path(summary["model"]).parent
     path = job.table_path
     slower = LatencyTable.load(path)
@@ -371,6 +341,7 @@ def test_a_table_measured_anew_is_searched_anew(tmp_path: Path) -> None:
     assert [path.name for path in result.iterdir()] == ["finalists.json"]
 
 
+@pytest.mark.usefixtures("quick")
 def test_an_unstable_measurement_is_taken_again(
     finished: tuple[Job, Run, dict[str, Any]],
 ) -> None:
@@ -386,9 +357,9 @@ def test_an_unstable_measurement_is_taken_again(
 
 
 def test_finalists_that_all_measure_over_the_limit_are_not_shipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, profiled: Prepare, monkeypatch: pytest.MonkeyPatch, measured_here: Measured
 ) -> None:
-    job = job_in(tmp_path)
+    job = job_in(profiled(tmp_path))
     run = hwnas.run.open_run(job)
     limit = job.latency_limit(middle(job))
     hwnas.run.search(job, run, [limit])
@@ -399,9 +370,13 @@ def test_finalists_that_all_measure_over_the_limit_are_not_shipped(
     assert not (run.best() / "model.onnx").exists()
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("over", [0, 1])
 def test_a_finalist_that_measures_over_the_limit_is_not_the_one_that_ships(
-    over: int, finished: tuple[Job, Run, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    over: int,
+    finished: tuple[Job, Run, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    measured_here: Measured,
 ) -> None:
     job, run, summary = finished
     limit = job.latency_limit(summary["limits"]["latency_ms"]["value"])
@@ -413,14 +388,14 @@ def test_a_finalist_that_measures_over_the_limit_is_not_the_one_that_ships(
         found[over] = dataclasses.replace(found[over], median_us=slow, p95_us=slow)
         return found
 
-    monkeypatch.setattr("hwnas.ship.measure", one_is_slow)
-    content = hwnas.run.verify(job, run, [limit])
+    with monkeypatch.context() as patch:
+        patch.setattr("hwnas.ship.measure", one_is_slow)
+        content = hwnas.run.verify(job, run, [limit])
     shipped = result / f"finalist-{1 - over}"
     assert (result / "model.onnx").read_bytes() == shipped.with_suffix(".onnx").read_bytes()
     assert (result / "weights.pt").read_bytes() == shipped.with_suffix(".pt").read_bytes()
     finalist = loop.read_finalists(result)[1 - over]
     assert content["architecture"] == job.space.describe(Architecture(finalist.genes))
-    monkeypatch.undo()
     hwnas.run.verify(job, run, [limit])
 
 

@@ -1,18 +1,14 @@
 """What every command prints with --json, on success and on failure, against the schema of it."""
 
-import contextlib
 import copy
-import io
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jsonschema
 import pytest
-import torch
 from typer.main import get_command
 
 import hwnas.ship
@@ -29,24 +25,7 @@ COMMANDS = (
     "profile", "train", "search", "retrain", "export", "verify", "predict", "devices", "spaces",
     "tables", "tables show", "runs",
 )  # fmt: skip
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    told: str
-
-
-def hwnas_in(folder: Path, *arguments: str) -> Answer:
-    """What a command answers in a folder."""
-    out, told, before = io.StringIO(), io.StringIO(), Path.cwd()
-    os.chdir(folder)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(told):
-            code = cli.run(list(arguments))
-    finally:
-        os.chdir(before)
-    return Answer(code, out.getvalue(), told.getvalue())
+Commands = Callable[..., Any]
 
 
 def whole(text: str) -> Any:
@@ -74,20 +53,12 @@ def assert_valid(name: str, content: Any) -> None:
     jsonschema.Draft202012Validator(SCHEMA).validate(content)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, searched_as: Callable[[Path, str], Path]
+) -> Path:
     """A folder with a searched run in it."""
-    folder = tmp_path_factory.mktemp("searched")
-    answer = hwnas_in(folder, "search", *SMALL, "--limit-fraction", "0.5", "--run", "runs/a")
-    assert answer.code == 0, answer.told
+    folder = searched_as(tmp_path_factory.mktemp("searched"), "runs/a")
     (folder / "tables" / "torn.parquet").write_bytes(b"PAR1")
     (folder / "torn.onnx").write_bytes(b"no model")
     return folder
@@ -108,14 +79,17 @@ def arguments_of(command: str, folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def told(folder: Path) -> dict[str, dict[str, Any]]:
+def told(
+    folder: Path, hwnas_in: Commands, measured_here: Callable[..., list[Measurement]]
+) -> dict[str, dict[str, Any]]:
     """What each command prints on success, and `failure` with everything that it can hold."""
     answers = {}
-    for command in COMMANDS:
-        answer = hwnas_in(folder, *arguments_of(command, folder))
-        assert answer.code == 0, answer.told
-        answers[command] = whole(answer.out)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hwnas.ship, "measure", measured_here)
+        for command in COMMANDS:
+            answer = hwnas_in(folder, *arguments_of(command, folder))
+            assert answer.code == 0, answer.told
+            answers[command] = whole(answer.out)
         patch.setattr(hwnas.run, "search_to_certificate", raising(Unstable("It was busy.")))
         answer = hwnas_in(folder, *arguments_of("search", folder))
     answers["failure"] = whole(answer.out)
@@ -161,7 +135,7 @@ def test_a_failure_that_knows_a_run_and_a_range_tells_them(
 
 
 def test_a_file_that_is_no_table_and_a_result_without_a_file_are_listed_too(
-    folder: Path, told: dict[str, dict[str, Any]], tmp_path: Path
+    folder: Path, told: dict[str, dict[str, Any]], tmp_path: Path, hwnas_in: Commands
 ) -> None:
     assert [set(table) == {"table", "error"} for table in told["tables"]["tables"]] == [False, True]
     (tmp_path / "runs" / "b" / "results" / "params=1").mkdir(parents=True)
@@ -363,7 +337,7 @@ def test_no_architecture_without_the_reachable_range_is_refused(
     ],
 )
 def test_bad_input_is_code_2_one_object_and_one_sentence(
-    arguments: str, words: str, tmp_path: Path
+    arguments: str, words: str, tmp_path: Path, hwnas_in: Commands
 ) -> None:
     first, *rest = arguments.split()
     answer = hwnas_in(tmp_path, first, "--json", *rest)
@@ -415,6 +389,7 @@ def test_what_ends_a_command_is_its_exit_code_and_one_object(
     status: str,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
+    hwnas_in: Commands,
 ) -> None:
     monkeypatch.setattr(INNER[command], raising(error))
     answer = hwnas_in(folder, *arguments_of(command, folder))
@@ -426,7 +401,7 @@ def test_what_ends_a_command_is_its_exit_code_and_one_object(
 
 @pytest.mark.parametrize("command", ["nothing", "search", "--nothing", "predict"])
 def test_without_json_a_failure_prints_nothing_on_standard_output(
-    command: str, tmp_path: Path
+    command: str, tmp_path: Path, hwnas_in: Commands
 ) -> None:
     answer = hwnas_in(tmp_path, command)
     assert (answer.code, answer.out) == (2, "")
@@ -434,7 +409,10 @@ def test_without_json_a_failure_prints_nothing_on_standard_output(
 
 
 def test_a_noisy_measurement_is_status_unstable_and_code_4(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hwnas_in: Commands,
+    measured_here: Callable[..., list[Measurement]],
 ) -> None:
     measured = Measurement(20.0, 19.0, 30.0, 0.4, 20, stable=False)
     monkeypatch.setattr(hwnas.ship, "measure", lambda _, paths: [measured] * len(paths))
@@ -448,12 +426,12 @@ def test_a_noisy_measurement_is_status_unstable_and_code_4(
     content = whole(answer.out)
     assert_valid("verify", content)
     assert (answer.code, content["status"], content["holds"]) == (4, "failed", {"latency_ms": True})
-    monkeypatch.undo()
+    monkeypatch.setattr(hwnas.ship, "measure", measured_here)
     assert hwnas_in(folder, "search", *common).code == 0, "it is measured again"
 
 
 def test_a_limit_that_no_longer_holds_is_status_failed_and_code_4(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, hwnas_in: Commands
 ) -> None:
     slow = Measurement(1e6, 1e6, 1e6, 0.0, 20, stable=True)
     monkeypatch.setattr(hwnas.ship, "measure", lambda _, paths: [slow] * len(paths))

@@ -221,28 +221,32 @@ def trained(
     return supernet
 
 
-@pytest.mark.parametrize(
-    ("stop", "every"), [(1, 1), (3, 1), (3, 2), (5, 3), (1, 2), (5, 100), (6, 4)]
-)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """The weights after training without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    expected = snapshot(trained(small_space(), folder / "whole.pt"))
+    other = trained(small_space(), folder / "other.pt", seed=1)  # the comparison can fail
+    assert any(not torch.equal(v, expected[n]) for n, v in other.named_parameters())
+    return expected
+
+
+@pytest.mark.parametrize(("stop", "every"), [(1, 1), (5, 3), (1, 2), (6, 4)])
 def test_interrupted_training_goes_on_to_bit_identical_weights(
-    stop: int, every: int, tmp_path: Path
+    stop: int, every: int, whole: dict[str, Tensor], tmp_path: Path
 ) -> None:
     """Resumed in another supernet; from other starting weights where a checkpoint was written.
 
     Stopped after the last step there is a checkpoint too, whatever `every` says.
     """
     space = small_space()
-    whole = trained(space, tmp_path / "whole.pt")
     with pytest.raises(KeyboardInterrupt):
         trained(space, tmp_path / "parts.pt", stop=stop, every=every)
     saved = load_supernet(fresh(space), tmp_path / "parts.pt")
     assert saved == (6 if stop == 6 else stop // every * every)
     resumed = trained(space, tmp_path / "parts.pt", start_seed=7 if saved else 0)
-    expected = snapshot(whole)
     for name, value in resumed.named_parameters():
-        assert torch.equal(value, expected[name]), name
-    other = trained(space, tmp_path / "other.pt", seed=1)  # the test can fail
-    assert any(not torch.equal(v, expected[n]) for n, v in other.named_parameters())
+        assert torch.equal(value, whole[name]), name
 
 
 def test_finished_training_is_not_repeated(tmp_path: Path) -> None:
