@@ -2,8 +2,6 @@
 
 import signal
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -50,10 +48,16 @@ from hwnas.opening import (
     opened_job,
     opened_limits,
     opened_result,
-    tables_folder,
     tell_range,
 )
-from hwnas.screen import Rows, Screen, columns, outcome, to_standard_output, unread
+from hwnas.screen import (
+    Screen,
+    as_rows,
+    command,
+    to_standard_output,
+    unread,
+)
+from hwnas.table_commands import tables_app
 from quant.errors import InvalidInput
 
 if TYPE_CHECKING:  # loaded when a command uses it (see hwnas/__init__.py): help must be quick
@@ -69,7 +73,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-tables_app = typer.Typer()
 app.add_typer(tables_app, name="tables")
 
 _UsageError: Any = typer.BadParameter.__bases__[0]
@@ -100,7 +103,7 @@ def profile(
 
     Example: hwnas profile --device cpu --threads 1
     """
-    with _command(locals()) as screen, opened_job(locals(), screen) as (job, _):
+    with command(locals()) as screen, opened_job(locals(), screen) as (job, _):
         check_bundle(bundle, from_bundle, name)
         if bundle is not None:
             written = hwnas.bundle.write(job, bundle)
@@ -161,7 +164,7 @@ def train(
 
     Example: hwnas train --data folder:photos --space mobile
     """
-    with _command(locals()) as screen, opened_job(locals(), screen) as (job, _):
+    with command(locals()) as screen, opened_job(locals(), screen) as (job, _):
         job.check_images()
         where = hwnas.run.open_run(job)
         screen.known["run"] = str(where.path)
@@ -206,7 +209,7 @@ def search(
     Example: hwnas search --latency-ms 0.25 --max-size-mb 0.2
     """
     flags = locals()
-    with _command(flags) as screen:
+    with command(flags) as screen:
         latencies, flags["device"] = latency_limits(latency_ms, percentile, device)
         given = {"params": max_params, "macs": max_macs, "size_mb": max_size_mb,
                  "bitops": max_bitops, "activation_mb": max_activation_mb}  # fmt: skip
@@ -248,7 +251,7 @@ def retrain(
 
     Example: hwnas retrain --run runs/mobile-tiny-digits-cpu-1
     """
-    with _command(locals()) as screen, opened_result(run, tables, screen) as (job, where, result):
+    with command(locals()) as screen, opened_result(run, tables, screen) as (job, where, result):
         networks = hwnas.run.retrain_finalists(job, where, result)
         found = [hwnas.run.torch_accuracy(network, job.splits) for network in networks]
         rows = [(f"finalist {n}", f"{a:.2%} on SEARCH-VAL") for n, a in enumerate(found)]
@@ -268,7 +271,7 @@ def export(
 
     Example: hwnas export --run runs/mobile-tiny-digits-cpu-1
     """
-    with _command(locals()) as screen:
+    with command(locals()) as screen:
         if format_ != "onnx":
             raise InvalidInput(f"--format is {format_!r}.", accepted="onnx")
         with opened_result(run, tables, screen) as (job, where, result):
@@ -293,7 +296,7 @@ def verify(
 
     Example: hwnas verify --run runs/mobile-tiny-digits-cpu-1
     """
-    with _command(locals()) as screen, opened_result(run, tables, screen) as (job, where, result):
+    with command(locals()) as screen, opened_result(run, tables, screen) as (job, where, result):
         if (result / "certificate.json").exists():
             content = hwnas.run.remeasure(job, result)
         else:
@@ -345,7 +348,7 @@ def predict(
     Example: hwnas predict runs/mobile-tiny-digits-cpu-1/results/latency_ms=0.2/model.onnx
     """
     flags = locals()
-    with _command(flags) as screen:
+    with command(flags) as screen:
         of_run = hwnas.predict.run_of(model)
         with opened_job({**flags, "run": of_run}, screen) as (job, _):
             found = hwnas.predict.predict_file(model, job, table, calibration)
@@ -365,7 +368,7 @@ def devices(as_json: AsJson = False) -> None:
 
     Example: hwnas devices
     """
-    with _command(locals()) as screen:
+    with command(locals()) as screen:
         found = hwnas.listing.devices()
         rows = [(x["device"], x["about"]) for x in found]
         screen.done({"devices": found}, rows)
@@ -377,7 +380,7 @@ def spaces(space: Space = None, as_json: AsJson = False) -> None:
 
     Example: hwnas spaces --space examples/own_space.py:space
     """
-    with _command(locals()) as screen:
+    with command(locals()) as screen:
         found = hwnas.listing.spaces(space)
         head = ["space", "px", "genes", "architectures", "rows", "params", "MACs"]
         lines = [
@@ -386,54 +389,7 @@ def spaces(space: Space = None, as_json: AsJson = False) -> None:
                                for c in ("params", "macs"))]
             for x in found
         ]  # fmt: skip
-        screen.done({"spaces": found}, _as_rows(head, lines))
-
-
-@tables_app.callback(invoke_without_command=True)
-def list_tables(context: typer.Context, tables: Tables = None, as_json: AsJson = False) -> None:
-    """The latency tables of a folder; `hwnas tables show FILE` tells what is in one.
-
-    Example: hwnas tables --tables tables
-    """
-    if context.invoked_subcommand is not None:
-        return
-    with _command(locals()) as screen:
-        folder = tables_folder(tables)
-        found = hwnas.listing.tables(folder)
-        head = ["table", "device", "runtime", "threads", "batch", "rows", "error"]
-        lines = [
-            [x["table"], x["error"], "", "", "", "", ""]
-            if "error" in x
-            else [x["table"], x["device"], x["runtime"], str(x["threads"]), str(x["batch"]),
-                  str(x["rows"]),
-                  ", ".join(f"{m['mean_error']:.1%}" for m in x["models"].values()) or "none yet"]
-            for x in found
-        ]  # fmt: skip
-        none = [("no tables", f"in {folder}; hwnas profile makes one")]
-        screen.done({"tables": found}, _as_rows(head, lines) if found else none)
-
-
-@tables_app.command("show")
-def show_table(
-    context: typer.Context,
-    table: Annotated[Path, typer.Argument(help="A table's file.")],
-    as_json: AsJson = False,
-) -> None:
-    """What is in a table: host, protocol, latency models with their error, and every row.
-
-    Example: hwnas tables show tables/cpu-onnxruntime-t1-b1.parquet
-    """
-    above = context.parent.params if context.parent else {}
-    with _command({"as_json": as_json or above.get("as_json", False)}) as screen:
-        found = hwnas.listing.table(table)
-        rows = [(name, str(value)) for name, value in found["host"].items() if value]
-        rows += [
-            (f"model of {name}", f"{m['quality']['mean_error']:.1%} mean error, bound "
-                                 f"{m['upper_ratio']:.3f} x prediction at {m['coverage']:.0%}")
-            for name, m in found["models"].items()
-        ]  # fmt: skip
-        rows += [(f"{row['median_us']:.1f} us", row["key"]) for row in found["rows"]]
-        screen.done(found, rows)
+        screen.done({"spaces": found}, as_rows(head, lines))
 
 
 @app.command()
@@ -445,7 +401,7 @@ def runs(
 
     Example: hwnas runs
     """
-    with _command(locals()) as screen:
+    with command(locals()) as screen:
         found = hwnas.listing.runs(root)
         head = ["run", "recipe", "result", "measured", "TEST"]
         lines = []
@@ -458,7 +414,7 @@ def runs(
                 for r in results
             ]  # fmt: skip
         none = [("no runs", f"in {root}; hwnas search makes one")]
-        screen.done({"runs": found}, _as_rows(head, lines) if found else none)
+        screen.done({"runs": found}, as_rows(head, lines) if found else none)
 
 
 def run(arguments: list[str]) -> int:
@@ -499,17 +455,6 @@ def _stop(_signal: int, _frame: object) -> NoReturn:
 # ---- what the commands share
 
 
-@contextmanager
-def _command(flags: Mapping[str, Any]) -> Iterator[Screen]:
-    """The screen of a command; leaves with its exit code."""
-    quiet, verbose = flags.get("quiet", False), flags.get("verbose", False)
-    with outcome(as_json=flags["as_json"], quiet=quiet, verbose=verbose) as screen:
-        if quiet and verbose:
-            raise InvalidInput("--quiet contradicts --verbose.", next_step="drop one of them")
-        yield screen
-    raise typer.Exit(screen.exit_code)
-
-
 def _bundle_rows(written: "hwnas.bundle.Written") -> Rows:
     return [
         ("bundle", f"{written.bundle}, {written.size_bytes / 1e6:.3g} MB"),
@@ -517,7 +462,3 @@ def _bundle_rows(written: "hwnas.bundle.Written") -> Rows:
         ("there", f"{written.runner} (with numpy and onnxruntime)"),
         ("then here", written.import_command),
     ]
-
-
-def _as_rows(head: list[str], lines: list[list[str]]) -> Rows:
-    return [("", line) for line in columns(head, lines)]

@@ -4,12 +4,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from hwnas.costs.feasible import reachable
 from hwnas.costs.limits import COUNTED, counted_cost
 from hwnas.spaces.registry import SPACES, image_size, load_space
 from hwnas.store import Run, list_runs
-from latency_tables.files import read_object
+from latency_tables.difference import difference as compared
+from latency_tables.files import read_object, write_atomically
 from latency_tables.table import LatencyTable
+from profilers.build import table_lock
 from profilers.devices import DEVICES, open_profiler
 from profilers.host import usable_cores
 from quant.errors import InvalidInput
@@ -90,8 +94,39 @@ def table(path: Path) -> dict[str, Any]:
         "host": asdict(found.host),
         "protocol": found.protocol,
         "models": {name: model.to_dict() for name, model in found.models.items()},
+        "reports": found.reports,
+        "pace_us": found.pace_us,
         "rows": [asdict(row) for row in found.rows.values()],
+        "chains": [asdict(row) for row in found.chains.values()],
     }
+
+
+def difference(first: Path, second: Path) -> dict[str, Any]:
+    """Where the second table differs from the first."""
+    return asdict(compared(LatencyTable.load(first), LatencyTable.load(second)))
+
+
+def merge(first: Path, second: Path, into: Path) -> int:
+    """Write both tables' rows as one table; the number of its rows.
+
+    Raises TableError where their conditions differ, InvalidInput where `into` is there and is
+    neither of them.
+    """
+    if into.exists() and into.resolve() not in (first.resolve(), second.resolve()):
+        raise InvalidInput(f"{into} is there already.", accepted="a new file, or one of the two")
+    merged = LatencyTable.load(first).merge(LatencyTable.load(second))
+    with table_lock(into):
+        merged.save(into)
+    return len(merged.rows)
+
+
+def export_csv(path: Path, csv: Path) -> int:
+    """Write a table's rows, then its chains, as CSV; how many lines there are under the head."""
+    found = LatencyTable.load(path)
+    rows = [asdict(row) for row in (*found.rows.values(), *found.chains.values())]
+    frame = pd.DataFrame(rows)
+    write_atomically(csv, lambda temporary: frame.to_csv(temporary, index=False))
+    return len(frame)
 
 
 def runs(root: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -234,3 +235,22 @@ def _finite(content: Any) -> Any:
             return None
         case _:
             return content
+
+
+# ---- what the commands share
+
+
+@contextmanager
+def command(flags: Mapping[str, Any]) -> Iterator[Screen]:
+    """The screen of a command; leaves with its exit code."""
+    quiet, verbose = flags.get("quiet", False), flags.get("verbose", False)
+    with outcome(as_json=flags["as_json"], quiet=quiet, verbose=verbose) as screen:
+        if quiet and verbose:
+            raise InvalidInput("--quiet contradicts --verbose.", next_step="drop one of them")
+        yield screen
+    raise typer.Exit(screen.exit_code)
+
+
+def as_rows(head: list[str], lines: list[list[str]]) -> Rows:
+    """A head and its lines, in columns, as rows to print."""
+    return [("", line) for line in columns(head, lines)]

@@ -147,17 +147,20 @@ class LatencyTable:
         """The ops without a row, each key once."""
         return list({op.key: op for op in ops if op.key not in self.rows}.values())
 
+    def protocol_difference(self, other: "LatencyTable") -> str:
+        """The first field in which the protocols differ, with both values; empty if none does."""
+        for name in self.protocol | other.protocol:
+            mine, theirs = self.protocol.get(name), other.protocol.get(name)
+            if mine != theirs:
+                return f"{name}: {mine} against {theirs}"
+        return ""
+
     def merge(self, other: "LatencyTable") -> "LatencyTable":
         """Both tables' rows, `other`'s first; raises TableError where the conditions differ."""
         if difference := self.host.difference(other.host):
             raise TableError(f"The two tables were measured on different hosts ({difference}).")
-        for name in self.protocol | other.protocol:
-            mine, theirs = self.protocol.get(name), other.protocol.get(name)
-            if mine != theirs:
-                raise TableError(
-                    "The two tables were measured by different protocols "
-                    f"({name}: {mine} against {theirs})."
-                )
+        if difference := self.protocol_difference(other):
+            raise TableError(f"The two tables were measured by different protocols ({difference}).")
         scale = self.pace_us / other.pace_us
         return LatencyTable(
             self.host,
@@ -207,7 +210,14 @@ class LatencyTable:
                 next_step="profile again with this hwnas",
             )
         if absent := [item.name for item in _ROW if item.name not in data.column_names]:
-            raise TableError(f"{path} lacks the column {absent[0]!r}.", next_step="profile again")
+            unit = absent[0].removesuffix("_us")
+            others = [name for name in data.column_names if unit in name.split("_")]
+            raise TableError(
+                f"{path} lacks the column {absent[0]!r}"
+                + (f"; {others[0]!r} is another unit or name." if others else "."),
+                accepted="microseconds, in columns that end in _us",
+                next_step="profile again",
+            )
         try:
             if any(data[item.name].null_count for item in _ROW):
                 raise TableError(f"{path} has empty cells.", next_step="profile again")

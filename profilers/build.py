@@ -86,16 +86,19 @@ def build_rows(
     progress: Progress = quiet,
     *,
     network_us: float = math.inf,
+    boundaries: bool = True,
 ) -> LatencyTable:
     """Measure what the table at `table_path` lacks to price the ops, save it, and return it.
 
     `network_us` is about the latency of a network of the ops: rows whose interval is wide against
-    it are measured in more rounds. The caller holds `table_lock`. Raises TableError where the table
-    or its journal was measured on another host or by another protocol, and `WrongKernels` where an
-    op does not run in the kernels that it declares.
+    it are measured in more rounds. Without `boundaries`, only ops alone are measured. The caller
+    holds `table_lock`. Raises TableError where the table or its journal was measured on another
+    host or by another protocol, and `WrongKernels` where an op does not run in the kernels that it
+    declares.
     """
     table = open_table(profiler, table_path, protocol)
-    missing = {chain_key(chain): chain for chain in missing_chains(table, ops)}
+    wanted = missing_chains(table, ops) if boundaries else [(op,) for op in table.missing(ops)]
+    missing = {chain_key(chain): chain for chain in wanted}
     journal_path = table_path.with_suffix(".journal")
     if not missing:
         with suppress(InvalidInput):  # what a kill between saving and removing left there

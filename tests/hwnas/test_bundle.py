@@ -21,10 +21,12 @@ import yaml
 
 import hwnas.bundle
 from hwnas import cli
-from hwnas.job import CALIBRATION_SEED, Job, Request
+from hwnas.bundle import Graphs
+from hwnas.calibration import SEED, calibration_networks
+from hwnas.job import Job, Request
 from hwnas.spaces.registry import load_space
+from latency_tables.boundaries import chain_key
 from latency_tables.model import MeasuredNetwork, calibrate
-from latency_tables.ops import OpSpec
 from latency_tables.table import LatencyTable
 from profilers.bundle_runner import RESULT
 from profilers.measure import Protocol, summarise
@@ -154,7 +156,7 @@ def test_what_is_told_of_a_bundle_is_so_and_as_the_schema_says(
     job = job_of(folder)
     models = [len(list((folder / "there" / kind).glob("*.onnx"))) for kind in ("rows", "networks")]
     assert models == [told["rows"], told["networks"]]
-    assert models == [len(job.space.lattice.ops), job.recipe.calibration.networks]
+    assert models == [len(Graphs(job).chains), job.recipe.calibration.networks]
     assert told["bundle"] == "there"
     assert told["runner"] == "python there/run.py"
     assert told["import_command"] in (folder / "there" / "README.txt").read_text()
@@ -188,13 +190,19 @@ def test_every_row_is_what_its_raw_samples_summarise_to(
     ops = {op.key: op for op in job_of(folder).space.lattice.ops}
     assert list(table.rows) == list(ops)
     assert told["rows"] == len(ops)
-    for key, row in table.rows.items():
+    everything = table.rows | table.chains
+    assert set(everything) == set(Graphs(job_of(folder)).chains)
+    samples = [np.array(samples) for key, samples in blocks if not key.startswith("network")]
+    assert table.pace_us == float(np.median(np.concatenate(samples)[:, 1]))
+    for key, row in everything.items():
         raw = [np.array(samples) for found, samples in blocks if found == key]
-        wanted = summarise(raw, PROTOCOL)
+        wanted = asdict(summarise(raw, PROTOCOL, pace_us=table.pace_us))
+        assert wanted.pop("latency_us") == row.median_us
         assert len(raw) == PROTOCOL.rounds
-        assert OpSpec.from_json(row.op) == ops[key]
-        assert row.precision == ops[key].precision.name
-        assert {name: getattr(row, name) for name in asdict(wanted)} == asdict(wanted)
+        assert chain_key(row.chain) == key
+        assert row.precision == row.chain[-1].precision.name
+        assert {name: getattr(row, name) for name in wanted} == wanted
+    assert [row.chain for row in table.rows.values()] == [(op,) for op in ops.values()]
     assert told["unstable_rows"] == sum(not row.stable for row in table.rows.values())
 
 
@@ -206,15 +214,21 @@ def test_the_calibration_is_that_of_its_whole_networks(
     job, (_, blocks) = job_of(folder), result_of(folder)
     table = LatencyTable.load(folder / TABLE)
     assert list(table.models) == [job.model_name]
-    chains = hwnas.bundle.calibration_chains(job)
-    assert CALIBRATION_SEED == 1
+    chosen = calibration_networks(job.space, job.recipe.calibration)
+    chains = [tuple(job.space.lower(architecture)) for architecture in chosen]
+    assert SEED == 1
     assert len(set(chains)) == len(chains) == job.recipe.calibration.networks
     networks = []
     for number, ops in enumerate(chains):
         raw = [np.array(samples) for key, samples in blocks if key == f"network {number}"]
         assert len(raw) == job.recipe.processes
-        rows = tuple((op.precision.name, table.rows[op.key].median_us) for op in ops)
-        networks.append(MeasuredNetwork(rows, summarise(raw, PROTOCOL).median_us))
+        inside = zip(ops, table.in_network_us(ops), strict=True)
+        rows = tuple((op.precision.name, us) for op, us in inside)
+        paced = summarise(raw, PROTOCOL, pace_us=table.pace_us).median_us
+        calls = np.concatenate(raw)[:, 0]
+        tails = {percentile: float(np.percentile(calls, percentile)) for percentile in (90, 95)}
+        seen = float(np.median([np.median(block[:, 0]) for block in raw]))
+        networks.append(MeasuredNetwork(rows, paced, seen, tails))
     fit, bound = job.recipe.calibration.fit, job.recipe.calibration.bound
     wanted = calibrate(networks[:fit], networks[fit : fit + bound], networks[fit + bound :])
     assert table.models[job.model_name] == wanted
@@ -250,7 +264,7 @@ def test_a_named_table_is_never_used_by_itself(imported: tuple[Path, dict[str, A
     job = job_of(folder)
     assert job.table_path != folder / TABLE
     assert not hwnas.run.is_profiled(job)
-    assert hwnas.run.plan(job).missing == len(job.space.lattice.ops)
+    assert hwnas.run.plan(job).missing == len(Graphs(job).chains)
 
 
 @pytest.mark.slow
