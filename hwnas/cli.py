@@ -51,6 +51,7 @@ from hwnas.opening import (
     tell_range,
 )
 from hwnas.screen import (
+    Rows,
     Screen,
     as_rows,
     command,
