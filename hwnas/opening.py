@@ -162,7 +162,25 @@ def _measured(
             screen.say(f"Before measuring: {text} (the smallest and the largest, timed once).")
     announce_profile(there, plan, screen)
     hwnas.run.profile(there)
-    announce_noise(there.space, there.table, there.table_path, screen)
+    if plan.missing or plan.networks:
+        announce_noise(there.space, there.table, there.table_path, screen)
+    elif not screen.quiet:
+        _announce_drift(there, screen)
+
+
+def _announce_drift(job: "Job", screen: Screen) -> None:
+    """Whether a table that was measured before still matches the machine."""
+    found = hwnas.run.drift(job.profiler, job.table, job.space.lattice.ops, job.recipe.protocol)
+    if not found.matches:
+        screen.say(
+            f"{job.table_path} no longer matches this machine: ops take {found.rows:.2f} of the "
+            "time that it tells. Remove it to measure again."
+        )
+    elif found.pace > 1 + (job.model.upper_ratio - 1) / 2:
+        screen.say(
+            f"This machine is {found.pace - 1:.0%} slower now than when its table was measured: "
+            "what is found may measure over the limit."
+        )
 
 
 def _rounded_up(value: float, digits: int = 4) -> float:
@@ -181,14 +199,14 @@ def announce_profile(job: "Job", plan: "Plan", screen: Screen) -> None:
 
 
 def announce_noise(space: "SearchSpace", table: "LatencyTable", path: Path, screen: Screen) -> None:
-    """Whether the table was measured on a machine too busy to trust it."""
+    """Whether the table was measured on a machine too busy to trust it, and what to do."""
     ops = space.lattice.ops
     unstable = sum(not table.lookup(op).stable for op in ops)
     if unstable > len(ops) / 10:
+        causes = hwnas.run.disturbances() or ["other processes were using the cores"]
         screen.say(
-            f"{unstable} of {len(ops)} ops were measured with a wide spread: other processes were "
-            f"using the cores. Remove {path} and measure again on a quiet machine for a tighter "
-            "bound."
+            f"{unstable} of {len(ops)} ops were measured with a wide spread: {'; '.join(causes)}. "
+            f"Remove {path} and measure again on a quiet machine for a tighter bound."
         )
 
 

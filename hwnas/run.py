@@ -37,14 +37,16 @@ from hwnas.scoring import train
 from hwnas.ship import export, is_shipped, remeasure, retrain_finalists, verify
 from hwnas.spaces.base import Architecture, SearchSpace
 from hwnas.store import Run, list_runs, read_run
+from profilers.host import disturbances
+from profilers.recheck import drift
 from quant.errors import Unstable
 
 __all__ = [
-    "LIMITS", "FeasibleSet", "Job", "Request", "check_limits", "estimate", "export",
-    "feasible_range", "flag_of", "is_profiled", "limit_text", "limits_name", "list_runs",
-    "number", "open_run", "plan", "profile", "read_limits", "read_run", "remeasure",
-    "request_fields", "request_of", "result_rows", "retrain_finalists", "search",
-    "search_to_certificate", "torch_accuracy", "train", "verify",
+    "LIMITS", "FeasibleSet", "Job", "Request", "check_limits", "disturbances", "drift",
+    "estimate", "export", "feasible_range", "flag_of", "is_profiled", "limit_text",
+    "limits_name", "list_runs", "number", "open_run", "plan", "profile", "read_limits",
+    "read_run", "remeasure", "request_fields", "request_of", "result_rows", "retrain_finalists",
+    "search", "search_to_certificate", "torch_accuracy", "train", "verify",
 ]  # fmt: skip
 
 

@@ -30,6 +30,16 @@ def governor() -> str:
     return _GOVERNOR.read_text().strip() if _GOVERNOR.exists() else ""
 
 
+def disturbances() -> list[str]:
+    """What may make measurements unstable here, each with what to do about it."""
+    found = []
+    if governor() not in ("", "performance"):
+        found.append(f"the frequency governor is {governor()}: set it to performance")
+    if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > 1.5:
+        found.append(f"other processes are using the cores (load {load:.1f}): stop them")
+    return found
+
+
 def usable_cores() -> int:
     """Processors that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
