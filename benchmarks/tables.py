@@ -1,0 +1,264 @@
+"""Does the table tell the truth, how soon is it there, and how much of a limit can be used?
+
+The default CPU condition. The space's ops, chains and calibration networks are measured as
+`hwnas profile` does it; then held-out random networks, each in five fresh processes, twice; then
+for limits over the feasible range the network with the most MACs that a search finds, exported with
+random weights and measured the same way. What an op costs inside a network is told in several ways,
+each calibrated on the same networks and held against the same held-out ones.
+
+Band (full size): mean error at most 1 % beyond half of what two measurements of one network differ
+by; nothing over its limit by more than the host's own repeatability; the table at most twice the
+time of its counted runs.
+"""
+
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from hwnas.calibration import (
+    calibration_networks,
+    draw,
+    fitted,
+    measured_networks,
+    model_files,
+    network_models,
+)
+from hwnas.costs.feasible import FeasibleSet, reachable
+from hwnas.costs.limits import Limit, counted_cost, latency_cost
+from hwnas.costs.population import genes_of
+from hwnas.job import Job, Request
+from hwnas.quality import SEED, held_against
+from hwnas.search.evolution import Evolution
+from latency_tables.model import MeasuredNetwork, quality
+from profilers.build import build_rows, measure_models, row_model
+from profilers.host import pinned
+from profilers.measure import summarise
+
+SLOPES = (2, 4, 8)
+REFINED = 0.05
+"""How far a row may usually be off, for the rows that are refined on whole networks."""
+
+
+def measure(*, reduced: bool):
+    """Profile, hold out, search under limits."""
+    space, data = ("mobile-tiny", "digits") if reduced else ("mobile", "none:1000")
+    held_out, limits, evaluations = (20, 5, 400) if reduced else (100, 50, 3000)
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(Request(space=space, data=data, recipe="standard", tables=Path(folder)))
+        figures, raw = profiled(job)
+        table = raw.pop("table")
+        chosen = draw(job.space, held_out, seed=SEED, but=set(raw.pop("chosen")))
+        chains = [list(job.space.lower(architecture)) for architecture in chosen]
+        blocks = timed(job, chains)
+        first, second = halves(job, table, chains, blocks)
+        model = fitted(raw["calibration"], job.recipe.calibration)
+        figures |= held_against(model, first, second)
+        figures["upper_ratio"] = model.upper_ratio
+        figures["coverage_random"] = coverage(
+            [n.observed_us / 1000 for n in first],
+            [model.upper_ms(additive(model, n)) for n in first],
+        )
+        figures["ways"] = ways(job, table, raw["calibration"], raw.pop("chains"), first, chains)
+        found, searched = under_limits(job, table, model, limits, evaluations)
+        figures["limits"] = found
+        raw_out = {
+            "held_out": [asdict(n) | {"again_us": m.latency_us, "again_observed_us": m.observed_us}
+                         for n, m in zip(first, second, strict=True)],
+            "calibration": [asdict(n) for n in raw["calibration"]],
+            "searched": searched,
+        }  # fmt: skip
+    for network in (*raw_out["held_out"], *raw_out["calibration"]):
+        del network["rows"]
+    figures = {"space": space, **figures}
+    return {"figures": figures, "raw": raw_out}
+
+
+def profiled(job):
+    """The table and the calibration networks, measured, with what that took."""
+    start = time.monotonic()
+    table = build_rows(
+        job.profiler, job.space.lattice.ops, job.table_path, job.recipe.protocol,
+        network_us=4000.0,
+    )  # fmt: skip
+    rows_s = time.monotonic() - start
+    chosen = calibration_networks(job.space, job.recipe.calibration)
+    chains = [list(job.space.lower(architecture)) for architecture in chosen]
+    blocks = timed(job, chains, job.recipe.processes)
+    seconds = time.monotonic() - start
+    everything = [*table.rows.values(), *table.chains.values()]
+    counted_s = sum(row.runs * row.median_us for row in everything) / 1e6
+    counted_s += sum(block[:, 0].sum() for each in blocks for block in each) / 1e6
+    figures = {
+        "rows": len(table.rows),
+        "chains": len(table.chains),
+        "unstable_rows": sum(not row.stable for row in everything),
+        "calibration_networks": len(chains),
+        "table_seconds": seconds,
+        "rows_seconds": rows_s,
+        "counted_seconds": counted_s,
+    }
+    networks = measured_networks(chains, blocks, table, job.recipe)
+    return figures, {"table": table, "calibration": networks, "chains": chains, "chosen": chosen}
+
+
+def timed(job, chains, processes=None):
+    """The blocks of networks, each in fresh processes: twice as many as usual unless told."""
+    with model_files(network_models(chains, job.profiler)) as paths:
+        return measure_models(
+            job.profiler,
+            paths,
+            job.recipe.protocol,
+            processes=processes or 2 * job.recipe.processes,
+        )
+
+
+def halves(job, table, chains, blocks):
+    """Two measurements of each network, from every other process."""
+    return [
+        measured_networks(chains, [each[half] for each in blocks], table, job.recipe)
+        for half in (slice(0, None, 2), slice(1, None, 2))
+    ]
+
+
+def additive(model, network):
+    """The additive cost of a network, in us."""
+    return sum(model.op_cost_us(precision, us) for precision, us in network.rows)
+
+
+def coverage(observed, upper):
+    """How often a bound held, with the 95 % interval of Clopper and Pearson (1934)."""
+    held = int(np.sum(np.array(observed) <= np.array(upper)))
+    interval = stats.binomtest(held, len(observed)).proportion_ci()
+    return {"held": held, "of": len(observed), "low": interval.low, "high": interval.high}
+
+
+def ways(job, table, calibration, chains, held_out, held_chains):
+    """Ways to tell what an op costs inside a network, on the same networks to fit and to test."""
+    alone = {key: row.median_us for key, row in table.rows.items()}
+    ops = job.space.lattice.ops
+    inside = dict(zip([op.key for op in ops], table.in_network_us(ops), strict=True))
+    sloped = alone | slopes(job, table)
+    found = {}
+    for name, costs in (("alone", alone), ("slopes", sloped), ("boundaries", inside)):
+        fit = [priced(n, ops, costs) for n, ops in zip(calibration, chains, strict=True)]
+        test = [priced(n, ops, costs) for n, ops in zip(held_out, held_chains, strict=True)]
+        model = fitted(fit, job.recipe.calibration)
+        predicted = np.array([1000 * model.predict_ms(additive(model, n)) for n in test])
+        true = np.array([n.latency_us for n in test])
+        found[name] = told(predicted, true)
+        used = job.recipe.calibration.fit
+        better = refined(model, fit[:used], chains[:used], test, held_chains, costs)
+        found[f"{name}, refined"] = told(better, true)
+    return found
+
+
+def told(predicted, true):
+    """What is said of a way."""
+    found = asdict(quality(predicted, true, 0.0))
+    return {name: found[name] for name in ("mean_error", "worst_error", "tau")}
+
+
+def priced(network, ops, costs):
+    """The same network with other costs of its ops."""
+    rows = tuple((op.precision.name, costs[op.key]) for op in ops)
+    return MeasuredNetwork(rows, network.latency_us, network.observed_us, network.tails_us)
+
+
+def slopes(job, table):
+    """Ops that can follow themselves: the slope over chains of one, two, four and eight."""
+    found, protocol = {}, job.recipe.protocol
+    chains = [(op,) * k for op in job.space.lattice.ops if op.output == op.inputs[0]
+              for k in SLOPES]  # fmt: skip
+    models = {chain: row_model(chain, job.profiler).SerializeToString() for chain in chains}
+    blocks = {chain: [] for chain in chains}
+    with pinned(1), tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for number, (chain, model) in enumerate(models.items()):
+            files[chain] = Path(folder) / f"{number}.onnx"
+            files[chain].write_bytes(model)
+        for _ in range(protocol.rounds):
+            for chain in chains:
+                with job.profiler.prepare(files[chain]) as session:
+                    blocks[chain].append(session.block(protocol))
+    for op in {chain[0].key: chain[0] for chain in chains}.values():
+        costs = [table.rows[op.key].median_us]
+        costs += [summarise(blocks[(op,) * k], protocol, pace_us=table.pace_us).median_us
+                  for k in SLOPES]  # fmt: skip
+        found[op.key] = max(float(np.polyfit((1, *SLOPES), costs, 1)[0]), 0.1 * costs[0])
+    return found
+
+
+def refined(model, fit, fit_chains, test, test_chains, costs):
+    """Rows moved by what whole networks say of them: a ridge on relative errors, in its dual."""
+
+    places = {key: place for place, key in enumerate(costs)}
+
+    def parts_us(chains):
+        result = np.zeros((len(chains), len(places)))
+        for row, ops in enumerate(chains):
+            for op in ops:
+                result[row, places[op.key]] += costs[op.key]
+        return result
+
+    plain = np.array([1000 * model.predict_ms(additive(model, n)) for n in (*fit, *test)])
+    true = np.array([n.latency_us for n in fit])
+    mine = parts_us(fit_chains) / true[:, None]
+    kernel = REFINED**2 * mine @ mine.T + 0.01**2 * np.eye(len(fit))
+    moves = REFINED**2 * mine.T @ np.linalg.solve(kernel, 1 - plain[: len(fit)] / true)
+    return plain[len(fit) :] + parts_us(test_chains) @ moves
+
+
+def under_limits(job, table, model, count, evaluations):
+    """The network with the most MACs under each of some limits, exported and measured."""
+    cost, macs = latency_cost(job.space, table, model), counted_cost(job.space, "macs")
+    found = reachable(job.space, cost)
+    values = np.geomspace(1.05 * found.smallest, 0.9 * found.largest, count)
+    best = []
+    for value in values.tolist():
+        strategy, score = Evolution(FeasibleSet(job.space, [Limit(cost, value)]), seed=0), {}
+        while len(score) < evaluations and (asked := strategy.ask(50)):
+            told = [(m,) for m in macs.totals(job.space, genes_of(asked)).tolist()]
+            strategy.tell(asked, told)
+            score |= dict(zip(asked, told, strict=True))
+        best.append(max(score, key=score.__getitem__))
+    chains = [list(job.space.lower(architecture)) for architecture in best]
+    first, second = halves(job, table, chains, timed(job, chains))
+    rows = [
+        {
+            "limit_ms": value,
+            "upper_ms": model.upper_ms(additive(model, one)),
+            "measured_ms": one.observed_us / 1000,
+            "again_ms": two.observed_us / 1000,
+        }
+        for value, one, two in zip(values.tolist(), first, second, strict=True)
+    ]
+    use = np.array([row["measured_ms"] / row["limit_ms"] for row in rows])
+    apart = np.array([abs(row["again_ms"] / row["measured_ms"] - 1) for row in rows])
+    figures = {
+        "count": count,
+        "median_use": float(np.median(use)),
+        "most_use": float(use.max()),
+        "over": int((use > 1).sum()),
+        "repeatability": float(np.percentile(apart, 95)),
+        "coverage_searched": coverage([r["measured_ms"] for r in rows],
+                                      [r["upper_ms"] for r in rows]),
+    }  # fmt: skip
+    return figures, rows
+
+
+def band(figures):
+    """What is wrong with the figures."""
+    complaints = []
+    allowed = (0.01 if figures["space"] == "mobile" else 0.04) + figures["floor"]["mean_error"] / 2
+    if figures["quality"]["mean_error"] > allowed:
+        complaints.append(f"mean error {figures['quality']['mean_error']:.2%} above {allowed:.2%}")
+    limits = figures["limits"]
+    if limits["most_use"] > 1 + limits["repeatability"]:
+        complaints.append(f"a network measures {limits['most_use']:.3f} of its limit")
+    if figures["space"] == "mobile" and figures["table_seconds"] > 2 * figures["counted_seconds"]:
+        complaints.append("the table took more than twice the time of its counted runs")
+    return complaints
