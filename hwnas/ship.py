@@ -24,8 +24,8 @@ from hwnas.spaces.base import Architecture
 from hwnas.store import Run
 from hwnas.supernet.evaluator import Evaluator
 from latency_tables.files import write_atomically, write_text
+from latency_tables.host import Host
 from latency_tables.ops import peak_activation_bytes, total
-from latency_tables.table import Host
 from profilers.measure import Measurement
 from profilers.modules import Network
 from quant.errors import HwnasError, InvalidInput, Unstable

@@ -18,44 +18,13 @@ import pyarrow.parquet as pq
 
 from latency_tables.boundaries import LEAST_SHARE, Chain, savings_us
 from latency_tables.files import write_atomically
+from latency_tables.host import Host
 from latency_tables.model import LatencyModel
 from latency_tables.ops import OpSpec
 from quant.errors import TableError
 
 FORMAT_VERSION = 2
 _META = b"hwnas"
-
-
-@dataclass(frozen=True)
-class Host:
-    """The machine and the condition that rows belong to.
-
-    `hostname` and `governor` are recorded; rows of hosts that differ in any other field are never
-    mixed.
-    """
-
-    device: str
-    runtime: str
-    runtime_version: str
-    cpu: str
-    flags: str
-    threads: int = 1
-    batch: int = 1
-    governor: str = ""
-    hostname: str = ""
-
-    def difference(self, other: "Host") -> str:
-        """The first field that makes two hosts differ, with both values; empty if none does."""
-        for item in fields(self):
-            mine, theirs = getattr(self, item.name), getattr(other, item.name)
-            if item.name not in ("hostname", "governor") and mine != theirs:
-                return f"{item.name}: {_short(mine)} against {_short(theirs)}"
-        return ""
-
-    @property
-    def file_name(self) -> str:
-        """The table's file: one a condition."""
-        return f"{self.device}-{self.runtime}-t{self.threads}-b{self.batch}.parquet"
 
 
 @dataclass(frozen=True)
@@ -250,8 +219,3 @@ _TYPES: dict[Any, pa.DataType] = {
     bool: pa.bool_(),
 }
 _SCHEMA = pa.schema([(item.name, _TYPES[item.type]) for item in _ROW])
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from latency_tables.table import Host
+from latency_tables.host import Host
 from profilers.measure import Protocol, Samples
 from quant.precision import Runtime
 

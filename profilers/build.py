@@ -25,8 +25,9 @@ import onnx
 
 from latency_tables.boundaries import Chain, chain_key, probes, with_heads
 from latency_tables.files import explained, held, write_text
+from latency_tables.host import Host
 from latency_tables.ops import OpSpec
-from latency_tables.table import Host, LatencyTable, Row
+from latency_tables.table import LatencyTable, Row
 from profilers.base import Profiler
 from profilers.graphs import emit, random_parameters
 from profilers.host import pinned

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from latency_tables.files import explained
-from latency_tables.table import Host
+from latency_tables.host import Host
 from profilers.bundle_runner import FORMAT, MANIFEST, RESULT
 from profilers.measure import Samples
 from quant.errors import InvalidInput, TableError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import onnx
 
-from latency_tables.table import Host
+from latency_tables.host import Host
 from profilers.base import Array, Profiler, Session, WrongKernels
 from profilers.graphs import expected_operators, read_ops
 from profilers.measure import Protocol, Samples

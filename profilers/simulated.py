@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from latency_tables.host import Host
 from latency_tables.ops import OpSpec
-from latency_tables.table import Host
 from profilers.base import Array, Profiler, Session
 from profilers.graphs import read_ops
 from profilers.measure import Protocol, Samples

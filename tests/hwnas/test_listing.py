@@ -16,9 +16,10 @@ from hwnas import listing
 from hwnas.recipes import recipe
 from hwnas.spaces.registry import load_space
 from hwnas.store import Run, RunConfig, open_run
+from latency_tables.host import Host
 from latency_tables.model import LatencyModel, Quality
 from latency_tables.ops import COUNTS, OpSpec, peak_activation_bytes
-from latency_tables.table import Host, LatencyTable, Row
+from latency_tables.table import LatencyTable, Row
 from profilers.base import Profiler
 from profilers.devices import DEVICES, open_profiler
 from quant.errors import InvalidInput, TableError

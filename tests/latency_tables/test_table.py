@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwnas.spaces.blocks import inverted_residual
+from latency_tables.host import Host
 from latency_tables.model import LatencyModel, Quality
 from latency_tables.ops import OpSpec, Tensor
-from latency_tables.table import FORMAT_VERSION, Host, LatencyTable, Row
+from latency_tables.table import FORMAT_VERSION, LatencyTable, Row
 from quant.errors import TableError
 from quant.precision import Precision
 

@@ -22,8 +22,9 @@ import onnx
 import pytest
 
 from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
+from latency_tables.host import Host
 from latency_tables.ops import OpSpec, Tensor
-from latency_tables.table import Host, LatencyTable
+from latency_tables.table import LatencyTable
 from profilers.base import Profiler, WrongKernels
 from profilers.build import (
     build_rows,

@@ -25,8 +25,8 @@ import pytest
 
 import profilers.bundle
 from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
+from latency_tables.host import Host
 from latency_tables.ops import OpSpec, Tensor
-from latency_tables.table import Host
 from profilers import bundle_runner
 from profilers.bundle import CARRIED, Graph, Identity, keys_hash, read_result, write_bundle
 from profilers.bundle_runner import FORMAT, JOURNAL, MANIFEST, RESULT, Bundle, Refusal

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
+from latency_tables.host import Host
 from latency_tables.ops import OpBuilder, OpSpec, Tensor
-from latency_tables.table import Host
 from profilers.base import Profiler, Session, WrongKernels
 from profilers.graphs import emit, random_parameters
 from profilers.measure import Protocol, summarise

@@ -25,9 +25,10 @@ from hwnas.costs.paths import Paths
 from hwnas.costs.population import genes_of, peaks, totals
 from hwnas.spaces.base import Architecture, SearchSpace
 from hwnas.spaces.mobile import Stage, mobile
+from latency_tables.host import Host
 from latency_tables.model import LatencyModel, Quality
 from latency_tables.ops import COUNTS, peak_activation_bytes, total
-from latency_tables.table import Host, LatencyTable, Row
+from latency_tables.table import LatencyTable, Row
 from quant.errors import InvalidInput, TableError
 
 SMALLEST = mobile("smallest", (Stage(1, 2, (16,)),), classes=2, size=8, kernels=(3,))
