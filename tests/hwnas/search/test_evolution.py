@@ -13,7 +13,7 @@ from hwnas.costs.population import genes_of, totals
 from hwnas.search.base import Score
 from hwnas.search.evolution import Evolution
 from hwnas.search.random import RandomSearch
-from hwnas.spaces.base import Architecture, SearchSpace
+from hwnas.spaces.base import Architecture, Ints, SearchSpace
 
 CostNamed = Callable[[SearchSpace, str], Cost]
 
@@ -22,9 +22,11 @@ class Watched(FeasibleSet):
     """Counts how often a strategy itself asks whether a child is feasible, and the answers."""
 
     def __init__(self, space: SearchSpace, limits: Sequence[Limit]) -> None:
-        super().__init__(space, limits)
         self.sampling = False
         self.answers: list[bool] = []
+        super().__init__(space, limits)
+        assert self.listed is None or self.listed
+        self.answers.clear()
 
     def sample(self, rng: np.random.Generator) -> Architecture | None:
         self.sampling = True
@@ -32,8 +34,8 @@ class Watched(FeasibleSet):
         self.sampling = False
         return found
 
-    def contains(self, architectures: Sequence[Architecture]) -> npt.NDArray[np.bool_]:
-        inside = super().contains(architectures)
+    def inside(self, genes: Ints) -> npt.NDArray[np.bool_]:
+        inside = super().inside(genes)
         if not self.sampling:
             self.answers += inside.tolist()
         return inside
