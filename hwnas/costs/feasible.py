@@ -145,7 +145,23 @@ class FeasibleSet:
 
     def sample(self, rng: np.random.Generator) -> Architecture | None:
         """One architecture, uniform over the set; None where `MAX_TRIES` draws found none."""
-        return self._draw(rng)
+        found = architectures_of(self.samples(rng, 1))
+        return found[0] if found else None
+
+    def samples(self, rng: np.random.Generator, count: int) -> Ints:
+        """The genes (n, genes) of 1 to `count` architectures, independent and uniform over the set.
+
+        None where `MAX_TRIES` draws or more found none; how many come back says nothing else.
+        """
+        if self.listed is not None:
+            genes = self._genes(self.listed)
+            return genes[rng.integers(len(genes), size=count)] if len(genes) else genes
+        for batch in BATCHES:
+            genes = self.superset.counts.draw(rng, max(batch, count))
+            genes = genes[self.inside(genes)]
+            if len(genes):
+                break
+        return genes[:count]
 
     @property
     def size(self) -> float:
@@ -192,23 +208,13 @@ class FeasibleSet:
         """Each limit with the sums or peaks of its cost, (n,), for genes (n, genes)."""
         return list(zip(self.limits, self._costs(genes), strict=True))
 
-    def _draw(self, rng: np.random.Generator) -> Architecture | None:
-        if self.listed is not None:
-            return self.listed[rng.integers(len(self.listed))] if self.listed else None
-        for count in BATCHES:
-            genes = self.superset.counts.draw(rng, count)
-            inside = self.inside(genes)
-            if inside.any():
-                return architectures_of(genes[inside][:1])[0]
-        return None
-
     def _find_witness(self) -> Architecture:
         known = [self.ranges[limit.cost.name].cheapest for limit in self._binding]
         known += self.superset.dual.met
         inside = self.inside(self._genes(known))
         if inside.any():
             return known[int(np.argmax(inside))]
-        if not self.superset.empty and (drawn := self._draw(np.random.default_rng(0))):
+        if not self.superset.empty and (drawn := self.sample(np.random.default_rng(0))):
             return drawn
         closest = nearest(self.space, self._binding)
         if self.inside(genes_of([closest]))[0]:

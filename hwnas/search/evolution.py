@@ -75,9 +75,9 @@ class Evolution:
             for wanted, breed in zip(np.diff(ends), (self._mutated, self._crossed), strict=True):
                 self._breed(int(wanted), breed, proposals, rng)
         if len(proposals) < count:
-            seen = set(self.scores) | set(proposals)
             missing = count - len(proposals)
-            proposals |= dict.fromkeys(fresh_samples(self.feasible, seen, missing, rng))
+            samples = fresh_samples(self.feasible, self.scores, missing, rng, proposals)
+            proposals |= dict.fromkeys(samples)
             if self.scores and self.feasible.listed is None:
                 self._breed(count - len(proposals), self._mutated, proposals, rng)
         return list(proposals)

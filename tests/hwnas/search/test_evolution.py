@@ -28,9 +28,9 @@ class Watched(FeasibleSet):
         assert self.listed is None or self.listed
         self.answers.clear()
 
-    def sample(self, rng: np.random.Generator) -> Architecture | None:
+    def samples(self, rng: np.random.Generator, count: int) -> Ints:
         self.sampling = True
-        found = super().sample(rng)
+        found = super().samples(rng, count)
         self.sampling = False
         return found
 
