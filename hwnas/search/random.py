@@ -43,7 +43,7 @@ def fresh_samples(
     """Uniform feasible architectures that are neither in `seen` nor in `proposed`.
 
     A feasible set small enough to be listed is used up before fewer come back than were asked for.
-    Another is sampled at most 20 times for each one asked for; where no sample comes back, the set's
+    Another is sampled at most 20 times for each one asked for; where no sample comes back, its
     witness stands in, so that a set with an architecture in it never looks empty.
     """
     if count < 1:
