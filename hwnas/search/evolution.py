@@ -1,5 +1,6 @@
 """SPOS's evolutionary search under hard limits (Guo et al. 2019, algorithm 1)."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,10 +14,8 @@ from hwnas.spaces.base import Architecture, Ints
 TRIES = 10
 """At most so many children are bred for each that is wanted."""
 
-SURPLUS = 3
-"""So many children are bred at once for each that is still missing, and `FEWEST` at least."""
-
-FEWEST = 64
+FIRST = 3
+"""So many of those are bred at first; the others only where that was not enough."""
 
 
 class Evolution:
@@ -64,6 +63,7 @@ class Evolution:
         self.elites: list[Architecture] = []
         """The best architectures told so far, best first; earlier ones win ties."""
         self.rejected = 0
+        self._told: set[tuple[int, ...]] = set()
 
     def ask(self, count: int) -> list[Architecture]:
         """At most `count` new feasible architectures; none where the feasible set is used up."""
@@ -85,7 +85,9 @@ class Evolution:
     def tell(self, architectures: Sequence[Architecture], scores: Sequence[Score]) -> None:
         """Note the scores of what was proposed (or of a history)."""
         check_scores(architectures, scores)
-        told_again = any(architecture in self.scores for architecture in architectures)
+        genes = {architecture.genes for architecture in architectures}
+        told_again = not self._told.isdisjoint(genes)
+        self._told |= genes
         self.scores |= dict(zip(architectures, scores, strict=True))
         ranked = self.scores if told_again else dict.fromkeys([*self.elites, *architectures])
         self.elites = sorted(ranked, key=self.scores.__getitem__, reverse=True)[: self.parents]
@@ -99,19 +101,18 @@ class Evolution:
     ) -> None:
         """Add at most `count` children of the elites that are feasible and new."""
         elites = genes_of(self.elites)
-        aim, tries = len(proposals) + count, TRIES * count
-        while len(proposals) < aim and tries:
-            bred = min(tries, max(SURPLUS * (aim - len(proposals)), FEWEST))
-            tries -= bred
-            children = canonical(self.space, breed(elites, bred, rng))
+        aim = len(proposals) + count
+        for tries in (FIRST * count, (TRIES - FIRST) * count):
+            if len(proposals) >= aim:
+                return
+            children = canonical(self.space, breed(elites, tries, rng))
             inside = self.feasible.inside(children)
-            self.rejected += bred - int(inside.sum())
-            for genes in children[inside].tolist():
+            self.rejected += tries - int(inside.sum())
+            new = dict.fromkeys(map(tuple, children[inside].tolist()))
+            for genes in itertools.filterfalse(self._told.__contains__, new):
                 if len(proposals) == aim:
                     break
-                child = Architecture(tuple(genes))
-                if child not in self.scores:
-                    proposals[child] = None
+                proposals[Architecture(genes)] = None
 
     def _mutated(self, elites: Ints, count: int, rng: np.random.Generator) -> Ints:
         """`count` mutations of elites (elites, genes), not yet canonical: (count, genes)."""

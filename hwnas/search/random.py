@@ -10,7 +10,7 @@ from hwnas.search.base import Score, check_scores
 from hwnas.spaces.base import Architecture
 
 SURPLUS = 4
-"""So many samples are drawn at once for each that is still missing."""
+"""So many samples are drawn for each that the first draw left missing."""
 
 
 class RandomSearch:
@@ -56,8 +56,9 @@ def fresh_samples(
         left = [architecture for architecture in feasible.listed if is_new(architecture)]
         return [left[number] for number in rng.permutation(len(left))[:count]]
     found: dict[Architecture, None] = {}
-    for _ in range(20 * count):
-        samples = architectures_of(feasible.samples(rng, SURPLUS * (count - len(found))))
+    for attempt in range(20 * count):
+        wanted = SURPLUS * (count - len(found)) if attempt else count
+        samples = architectures_of(feasible.samples(rng, wanted))
         found |= dict.fromkeys(filter(is_new, samples or [feasible.witness]))
         if not samples or len(found) >= count:
             break
