@@ -9,8 +9,8 @@ from hwnas.costs.population import architectures_of
 from hwnas.search.base import Score, check_scores
 from hwnas.spaces.base import Architecture
 
-SURPLUS = 4
-"""So many samples are drawn for each that the first draw left missing."""
+SURPLUS = 2
+"""So many samples are drawn at once for each that is missing: some were seen before."""
 
 
 class RandomSearch:
@@ -56,9 +56,8 @@ def fresh_samples(
         left = [architecture for architecture in feasible.listed if is_new(architecture)]
         return [left[number] for number in rng.permutation(len(left))[:count]]
     found: dict[Architecture, None] = {}
-    for attempt in range(20 * count):
-        wanted = SURPLUS * (count - len(found)) if attempt else count
-        samples = architectures_of(feasible.samples(rng, wanted))
+    for _ in range(20 * count):
+        samples = architectures_of(feasible.samples(rng, SURPLUS * (count - len(found))))
         found |= dict.fromkeys(filter(is_new, samples or [feasible.witness]))
         if not samples or len(found) >= count:
             break
