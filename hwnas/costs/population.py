@@ -191,11 +191,14 @@ def _packed(per_ops: Sequence[Floats]) -> Floats:
 
 
 def _flat(columns: Ints, strides: Ints, count: int) -> Ints:
-    """The flat gene index at one position, (n,), for the position's genes (genes, n)."""
+    """The flat gene index at one position, (n,), for the position's genes (genes, n).
+
+    The last stride is always 1.
+    """
     if not len(strides):
         return np.zeros(count, np.int64)
     result: Ints = columns[-1]
-    for column, stride in zip(columns[:-1], strides.tolist(), strict=False):
+    for column, stride in zip(columns[:-1], strides[:-1].tolist(), strict=True):
         result = column * stride + result
     return result
 
