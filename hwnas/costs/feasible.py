@@ -18,7 +18,7 @@ import numpy.typing as npt
 from hwnas.costs.joint import Superset, nearest
 from hwnas.costs.limits import Cost, Limit
 from hwnas.costs.paths import Paths
-from hwnas.costs.population import architectures_of, genes_of, op_indices
+from hwnas.costs.population import JointCosts, architectures_of, genes_of
 from hwnas.spaces.base import Architecture, Ints, SearchSpace
 from quant.errors import InvalidInput, Unreachable
 
@@ -96,6 +96,7 @@ class FeasibleSet:
     def __init__(self, space: SearchSpace, limits: Sequence[Limit]) -> None:
         self.space = space
         self.limits = tuple(limits)
+        self._costs = JointCosts(space, [(x.cost.per_op, x.cost.join) for x in limits])
         names = [limit.cost.name for limit in limits]
         if len(set(names)) < len(names):
             raise InvalidInput(f"Two limits are on one cost ({', '.join(names)}).")
@@ -120,7 +121,17 @@ class FeasibleSet:
 
     def contains(self, architectures: Sequence[Architecture]) -> npt.NDArray[np.bool_]:
         """Which architectures meet every limit, (n,)."""
-        return self._inside(self._genes(architectures))
+        return self.inside(self._genes(architectures))
+
+    def inside(self, genes: Ints) -> npt.NDArray[np.bool_]:
+        """Which of the genes (n, genes) meet every limit, (n,): `contains` for arrays.
+
+        Raises InvalidInput where a row is not canonical.
+        """
+        result = np.ones(len(genes), bool)
+        for limit, values in self._raw(genes):
+            result &= values <= limit.budget
+        return result
 
     def bounds(self, architectures: Sequence[Architecture]) -> dict[str, Floats]:
         """The upper bound of each limited cost, (n,), by the cost's name and in its unit."""
@@ -134,7 +145,23 @@ class FeasibleSet:
 
     def sample(self, rng: np.random.Generator) -> Architecture | None:
         """One architecture, uniform over the set; None where `MAX_TRIES` draws found none."""
-        return self._draw(rng)
+        found = architectures_of(self.samples(rng, 1))
+        return found[0] if found else None
+
+    def samples(self, rng: np.random.Generator, count: int) -> Ints:
+        """The genes (n, genes) of 1 to `count` architectures, independent and uniform over the set.
+
+        None where `MAX_TRIES` draws or more found none; how many come back says nothing else.
+        """
+        if self.listed is not None:
+            genes = self._genes(self.listed)
+            return genes[rng.integers(len(genes), size=count)] if len(genes) else genes
+        for batch in BATCHES:
+            genes = self.superset.counts.draw(rng, max(batch, count))
+            genes = genes[self.inside(genes)]
+            if len(genes):
+                break
+        return genes[:count]
 
     @property
     def size(self) -> float:
@@ -145,7 +172,7 @@ class FeasibleSet:
     def listed(self) -> tuple[Architecture, ...] | None:
         """Every architecture of the set, where a superset of it is small; else None."""
         listed = self.superset.listed
-        return None if listed is None else tuple(architectures_of(listed[self._inside(listed)]))
+        return None if listed is None else tuple(architectures_of(listed[self.inside(listed)]))
 
     def feasibility(self) -> Feasibility:
         """What the limits leave of the space; the same numbers on every call."""
@@ -179,35 +206,18 @@ class FeasibleSet:
 
     def _raw(self, genes: Ints) -> list[tuple[Limit, Floats]]:
         """Each limit with the sums or peaks of its cost, (n,), for genes (n, genes)."""
-        ops = op_indices(self.space, genes)
-        return [(limit, limit.cost.over_ops(ops)) for limit in self.limits]
-
-    def _inside(self, genes: Ints) -> npt.NDArray[np.bool_]:
-        inside = np.ones(len(genes), bool)
-        for limit, values in self._raw(genes):
-            inside &= values <= limit.budget
-        return inside
-
-    def _draw(self, rng: np.random.Generator) -> Architecture | None:
-        if self.listed is not None:
-            return self.listed[rng.integers(len(self.listed))] if self.listed else None
-        for count in BATCHES:
-            genes = self.superset.counts.draw(rng, count)
-            inside = self._inside(genes)
-            if inside.any():
-                return architectures_of(genes[inside][:1])[0]
-        return None
+        return list(zip(self.limits, self._costs(genes), strict=True))
 
     def _find_witness(self) -> Architecture:
         known = [self.ranges[limit.cost.name].cheapest for limit in self._binding]
         known += self.superset.dual.met
-        inside = self._inside(self._genes(known))
+        inside = self.inside(self._genes(known))
         if inside.any():
             return known[int(np.argmax(inside))]
-        if not self.superset.empty and (drawn := self._draw(np.random.default_rng(0))):
+        if not self.superset.empty and (drawn := self.sample(np.random.default_rng(0))):
             return drawn
         closest = nearest(self.space, self._binding)
-        if self._inside(genes_of([closest]))[0]:
+        if self.inside(genes_of([closest]))[0]:
             return closest
         raise self._apart(closest, proven=self.superset.empty or self.listed is not None)
 

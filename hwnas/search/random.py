@@ -1,12 +1,16 @@
 """Random search: the baseline that every strategy must beat."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 
 from hwnas.costs.feasible import FeasibleSet
+from hwnas.costs.population import architectures_of
 from hwnas.search.base import Score, check_scores
 from hwnas.spaces.base import Architecture
+
+SURPLUS = 2
+"""So many samples are drawn at once for each that is missing: some were seen before."""
 
 
 class RandomSearch:
@@ -30,27 +34,31 @@ class RandomSearch:
 
 
 def fresh_samples(
-    feasible: FeasibleSet, seen: set[Architecture], count: int, rng: np.random.Generator
+    feasible: FeasibleSet,
+    seen: Container[Architecture],
+    count: int,
+    rng: np.random.Generator,
+    proposed: Container[Architecture] = (),
 ) -> list[Architecture]:
-    """Uniform feasible architectures that are not in `seen`.
+    """Uniform feasible architectures that are neither in `seen` nor in `proposed`.
 
     A feasible set small enough to be listed is used up before fewer come back than were asked for.
-    Another is sampled at most 20 times for each one asked for; where a sample comes back empty, the
-    set's witness stands in, so that a set with an architecture in it never looks empty.
+    Another is sampled at most 20 times for each one asked for; where no sample comes back, its
+    witness stands in, so that a set with an architecture in it never looks empty.
     """
     if count < 1:
         return []
+
+    def is_new(architecture: Architecture) -> bool:
+        return architecture not in seen and architecture not in proposed
+
     if feasible.listed is not None:
-        left = [architecture for architecture in feasible.listed if architecture not in seen]
+        left = [architecture for architecture in feasible.listed if is_new(architecture)]
         return [left[number] for number in rng.permutation(len(left))[:count]]
     found: dict[Architecture, None] = {}
     for _ in range(20 * count):
-        if len(found) == count:
+        samples = architectures_of(feasible.samples(rng, SURPLUS * (count - len(found))))
+        found |= dict.fromkeys(filter(is_new, samples or [feasible.witness]))
+        if not samples or len(found) >= count:
             break
-        sample = feasible.sample(rng)
-        architecture = sample or feasible.witness
-        if architecture not in seen:
-            found[architecture] = None
-        if sample is None:
-            break
-    return list(found)
+    return list(found)[:count]

@@ -137,6 +137,28 @@ class Level:
     lookup: Ints
     strides: Ints
 
+    @cached_property
+    def genes(self) -> Ints:
+        """The genes of each edge, (edges, genes of the position)."""
+        return np.array([step.genes for step in self.steps], np.int64)
+
+    @cached_property
+    def nearest(self) -> Ints:
+        """The edge `SearchSpace.architecture` takes, (states, flat gene indices).
+
+        -1 stands in a state that no edge leaves.
+        """
+        width = self.lookup.shape[1]
+        sizes = np.append(width, self.strides[:-1])[: len(self.strides)] // self.strides
+        wanted = np.arange(width)[:, None] // self.strides % sizes
+        telling = 2 ** np.arange(len(sizes))[::-1]
+        disagreement = (wanted[:, None] != self.genes) @ telling
+        result = np.full(self.lookup.shape, -1, np.int64)
+        for state in np.unique(self.source):
+            own = np.flatnonzero(self.source == state)
+            result[state] = own[disagreement[:, own].argmin(axis=1)]
+        return result
+
 
 @dataclass(frozen=True)
 class Lattice:

@@ -13,7 +13,7 @@ from scipy import stats
 from hwnas.costs import joint
 from hwnas.costs.feasible import FeasibleSet, reachable
 from hwnas.costs.limits import AdditiveCost, Cost, Limit, PeakCost, counted_cost
-from hwnas.costs.population import genes_of, totals
+from hwnas.costs.population import architectures_of, genes_of, totals
 from hwnas.spaces.base import Architecture, SearchSpace
 from hwnas.spaces.mobile import Stage, mobile, mobile_tiny
 from quant.errors import InvalidInput, Unreachable
@@ -61,11 +61,16 @@ def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def assert_uniform(feasible: FeasibleSet, allowed: set[Architecture], draws: int) -> None:
     """Chi-square against the uniform law over `allowed`, at p = 0.001, and nothing outside it."""
     rng = np.random.default_rng(2024)
-    counts = Counter(feasible.sample(rng) for _ in range(draws))
-    assert set(counts) <= allowed
     assert draws / len(allowed) >= 8, "too few draws for the test to mean anything"
-    if len(allowed) > 1:
-        assert stats.chisquare([counts[a] for a in allowed]).pvalue > 0.001
+    together: list[Architecture] = []
+    while len(together) < draws:
+        together += architectures_of(feasible.samples(rng, draws - len(together)))
+    assert len(together) == draws
+    for drawn in ([feasible.sample(rng) for _ in range(draws)], together):
+        counts = Counter(drawn)
+        assert set(counts) <= allowed
+        if len(allowed) > 1:
+            assert stats.chisquare([counts[a] for a in allowed]).pvalue > 0.001
 
 
 # ---- extremes
@@ -107,6 +112,23 @@ def test_membership_is_that_the_bound_is_at_most_the_limit(
     feasible = FeasibleSet(SMALL, [Limit(cost, value)])
     assert feasible.contains(ALL).tolist() == (bounds <= value).tolist()
     assert feasible.contains(ALL[:1]).tolist() == [bounds[0] <= value]
+
+
+def test_arrays_and_architectures_are_inside_alike_and_as_their_bounds_say(
+    cost_named: CostNamed,
+) -> None:
+    limits = []
+    for name in COST_NAMES:
+        cost = cost_named(SMALL, name)
+        limits.append(Limit(cost, float(np.quantile(bounds_of(cost), 0.8, method="nearest"))))
+    feasible = FeasibleSet(SMALL, limits)
+    inside = feasible.inside(GENES)
+    assert inside.tolist() == feasible.contains(ALL).tolist()
+    assert inside.tolist() == [bool(feasible.contains([a])[0]) for a in ALL]
+    bounds = feasible.bounds(ALL)
+    within = [bounds[limit.cost.name] <= limit.value for limit in limits]
+    assert inside.tolist() == np.all(within, axis=0).tolist()
+    assert 0 < inside.sum() < len(ALL)
 
 
 def test_membership_under_several_limits_is_that_of_each(cost_named: CostNamed) -> None:

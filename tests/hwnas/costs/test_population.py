@@ -1,10 +1,22 @@
+from collections.abc import Callable
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hwnas.costs import population as population_module
 from hwnas.costs.limits import counted_cost
-from hwnas.costs.population import architectures_of, genes_of, op_indices, peaks, totals
+from hwnas.costs.population import (
+    JointCosts,
+    architectures_of,
+    canonical,
+    genes_of,
+    op_indices,
+    peaks,
+    totals,
+)
 from hwnas.costs.samplers import UniformSampler
 from hwnas.spaces.base import Architecture, SearchSpace
 from hwnas.spaces.mobile import mobile_tiny
@@ -119,3 +131,137 @@ def test_a_gene_outside_its_choices_is_refused_and_never_read_as_another_gene(
 def test_rows_of_the_wrong_length_are_refused(small: SearchSpace, extra: int) -> None:
     with pytest.raises(InvalidInput):
         op_indices(small, np.zeros((1, len(small.genes) + extra), np.int64))
+
+
+# ---- canonical genes
+
+
+def any_rows(space: SearchSpace, count: int, seed: int = 0) -> npt.NDArray[np.int64]:
+    """Gene values drawn independently; few rows are canonical."""
+    return np.random.default_rng(seed).integers(0, space.gene_sizes, (count, len(space.genes)))
+
+
+def test_canonical_rows_are_those_of_the_space(
+    tiny: SearchSpace, small: SearchSpace, large: SearchSpace
+) -> None:
+    for space, count in ((tiny, 400), (small, 400), (large, 60)):
+        rows = any_rows(space, count)
+        expected = [space.architecture(row) for row in rows.tolist()]
+        found = canonical(space, rows)
+        assert architectures_of(found) == expected
+        assert (found != rows).any(axis=1).sum() > count // 10
+        assert (canonical(space, found) == found).all()
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_canonical_rows_of_any_space_are_those_of_the_space(
+    random_space: Callable[[int], SearchSpace], seed: int
+) -> None:
+    space = random_space(seed)
+    for row in any_rows(space, 30, seed):
+        try:
+            expected = space.architecture(row.tolist())
+        except ValueError:  # a dead end
+            with pytest.raises(ValueError, match="nothing leaves"):
+                canonical(space, row[None])
+        else:
+            assert architectures_of(canonical(space, row[None])) == [expected]
+
+
+def test_what_is_made_canonical_is_left_as_it_was(small: SearchSpace) -> None:
+    rows = any_rows(small, 50)
+    before = rows.copy()
+    canonical(small, rows)
+    assert (rows == before).all()
+    assert canonical(small, rows[:0]).shape == (0, len(small.genes))
+
+
+# ---- several costs at once
+
+
+def plain_cost(
+    space: SearchSpace, per_op: npt.NDArray[np.float64], join: np.ufunc, genes: list[int]
+) -> float:
+    """A loop over the positions, from the input on; a skip counts 0."""
+    number = {op.key: i for i, op in enumerate(space.lattice.ops)}
+    values = []
+    for level, edge in zip(
+        space.lattice.levels, space.edges(Architecture(tuple(genes))), strict=True
+    ):
+        op = level.steps[edge].op
+        values.append(0.0 if op is None else float(per_op[number[op.key]]))
+    total = values[0]
+    for value in values[1:]:
+        total = total + value if join is np.add else max(total, value)
+    return total
+
+
+@pytest.mark.parametrize("joins", ["", "s", "p", "ss", "sps", "sssss", "pspsps"])
+@pytest.mark.parametrize("batch", [1, 7, 2048])
+def test_joint_costs_are_those_of_a_loop_to_the_last_bit(
+    tiny: SearchSpace, monkeypatch: pytest.MonkeyPatch, joins: str, batch: int
+) -> None:
+    monkeypatch.setattr(population_module, "BATCH", batch)
+    rng = np.random.default_rng(5)
+    costs = [
+        (rng.normal(size=len(tiny.lattice.ops)), np.add if kind == "s" else np.maximum)
+        for kind in joins
+    ]
+    genes = genes_of(population(tiny, 40, seed=6))
+    found = JointCosts(tiny, costs)(genes)
+    assert found.shape == (len(joins), 40)
+    for (per_op, join), row in zip(costs, found, strict=True):
+        assert row.tolist() == [plain_cost(tiny, per_op, join, g) for g in genes.tolist()]
+        alone = (totals if join is np.add else peaks)(tiny, per_op, genes)
+        assert row.tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_joint_costs_of_any_space_are_those_of_a_loop(
+    random_space: Callable[[int], SearchSpace], seed: int
+) -> None:
+    space = random_space(seed)
+    genes = genes_of(list(space.enumerate()))
+    per_op = np.random.default_rng(seed).normal(size=len(space.lattice.ops))
+    for join, row in zip(
+        (np.add, np.maximum),
+        JointCosts(space, [(per_op, np.add), (per_op, np.maximum)])(genes),
+        strict=True,
+    ):
+        assert row.tolist() == [plain_cost(space, per_op, join, g) for g in genes.tolist()]
+
+
+def test_joint_costs_refuse_exactly_the_rows_that_are_not_canonical(small: SearchSpace) -> None:
+    costs = JointCosts(small, [(np.ones(len(small.lattice.ops)), np.add)])
+    good = canonical(small, any_rows(small, 1))
+    rows = any_rows(small, 200)
+    for row, fits in zip(rows, (canonical(small, rows) == rows).all(axis=1), strict=True):
+        crowd = np.vstack([good, row, good])
+        if fits:
+            assert costs(crowd).shape == (1, 3)
+        else:
+            with pytest.raises(InvalidInput, match="not a canonical architecture of small"):
+                costs(crowd)
+
+
+@pytest.mark.parametrize("value", [-1, -(2**40), 2**40, 2**32, 7])
+def test_values_outside_the_choices_are_refused_however_large(
+    small: SearchSpace, value: int
+) -> None:
+    costs = JointCosts(small, [(np.ones(len(small.lattice.ops)), np.add)])
+    for place in range(len(small.genes)):
+        rows = canonical(small, any_rows(small, 3))
+        rows[1, place] = value
+        for refused in (costs, lambda genes: canonical(small, genes)):
+            with pytest.raises(InvalidInput, match="outside the choices of small"):
+                refused(rows)
+
+
+@pytest.mark.parametrize("extra", [-1, 1])
+def test_joint_costs_and_canonical_refuse_rows_of_the_wrong_length(
+    small: SearchSpace, extra: int
+) -> None:
+    rows = np.zeros((1, len(small.genes) + extra), np.int64)
+    for refused in (JointCosts(small, []), lambda genes: canonical(small, genes)):
+        with pytest.raises(InvalidInput, match="is not of small"):
+            refused(rows)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from scipy import stats
 
 from hwnas.costs.feasible import FeasibleSet, reachable
 from hwnas.costs.limits import Cost, Limit, counted_cost
@@ -13,7 +14,7 @@ from hwnas.costs.population import genes_of, totals
 from hwnas.search.base import Score
 from hwnas.search.evolution import Evolution
 from hwnas.search.random import RandomSearch
-from hwnas.spaces.base import Architecture, SearchSpace
+from hwnas.spaces.base import Architecture, Ints, SearchSpace
 
 CostNamed = Callable[[SearchSpace, str], Cost]
 
@@ -22,18 +23,20 @@ class Watched(FeasibleSet):
     """Counts how often a strategy itself asks whether a child is feasible, and the answers."""
 
     def __init__(self, space: SearchSpace, limits: Sequence[Limit]) -> None:
-        super().__init__(space, limits)
         self.sampling = False
         self.answers: list[bool] = []
+        super().__init__(space, limits)
+        assert self.listed is None or self.listed
+        self.answers.clear()
 
-    def sample(self, rng: np.random.Generator) -> Architecture | None:
+    def samples(self, rng: np.random.Generator, count: int) -> Ints:
         self.sampling = True
-        found = super().sample(rng)
+        found = super().samples(rng, count)
         self.sampling = False
         return found
 
-    def contains(self, architectures: Sequence[Architecture]) -> npt.NDArray[np.bool_]:
-        inside = super().contains(architectures)
+    def inside(self, genes: Ints) -> npt.NDArray[np.bool_]:
+        inside = super().inside(genes)
         if not self.sampling:
             self.answers += inside.tolist()
         return inside
@@ -126,6 +129,64 @@ def test_a_crossover_takes_each_gene_from_one_of_two_parents(tiny: SearchSpace) 
     assert ((share > 0.3) & (share < 0.7)).all(), "each gene comes from either parent"
 
 
+def observed(children: Ints, sizes: Ints) -> npt.NDArray[np.int64]:
+    """How often each combination of genes is there, by its flat index."""
+    flat = np.ravel_multi_index(tuple(children.T), tuple(sizes))
+    return np.bincount(flat, minlength=int(sizes.prod()))
+
+
+def of_few_genes(random_space: Callable[[int], SearchSpace]) -> SearchSpace:
+    """The first random space with 7 genes at most."""
+    spaces = map(random_space, itertools.count())
+    return next(space for space in spaces if len(space.genes) <= 7)
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 1.0])
+def test_mutations_are_as_likely_as_the_docstring_says(
+    random_space: Callable[[int], SearchSpace], probability: float
+) -> None:
+    """Against the sum over every gene that must change and every set of those that do."""
+    space = of_few_genes(random_space)
+    sizes, count = space.gene_sizes, 40_000
+    assert len(sizes) >= 3
+    assert len(set(sizes.tolist())) > 1
+    parent = np.zeros(len(sizes), np.int64)
+    chances = np.zeros(sizes.prod())
+    for index, child in enumerate(np.ndindex(*sizes)):
+        changed = np.array(child) != parent
+        for forced in np.flatnonzero(changed):
+            others = np.delete(changed, forced)
+            redrawn = np.where(others, probability, 1 - probability).prod()
+            chances[index] += redrawn / len(sizes) / (sizes[changed] - 1).prod()
+    assert chances.sum() == pytest.approx(1)
+    strategy = Evolution(FeasibleSet(space, []), seed=0, mutation_probability=probability)
+    children = strategy._mutated(parent[None], count, np.random.default_rng(0))
+    found, likely = observed(children, sizes), chances * count >= 5
+    assert not found[chances == 0].any()
+    rare = [found[~likely].sum() + 1], [(chances[~likely].sum() * count) + 1]
+    shown = np.append(found[likely], rare[0]), np.append(chances[likely] * count, rare[1])
+    assert stats.chisquare(*shown).pvalue > 0.001
+
+
+def test_crossovers_are_as_likely_as_the_docstring_says(
+    random_space: Callable[[int], SearchSpace],
+) -> None:
+    """Either parent whole where it is drawn twice, else every mixture alike."""
+    space = of_few_genes(random_space)
+    sizes, count = space.gene_sizes, 40_000
+    elites = np.array([np.zeros(len(sizes)), sizes - 1], np.int64)
+    found = observed(
+        Evolution(FeasibleSet(space, []), seed=0)._crossed(elites, count, np.random.default_rng(0)),
+        sizes,
+    )
+    mixtures = list(itertools.product(*[(0, size - 1) for size in sizes]))
+    chances = np.full(len(mixtures), 0.5 / len(mixtures))
+    chances[[0, -1]] += 0.25
+    counted = found[np.ravel_multi_index(tuple(np.transpose(mixtures)), tuple(sizes))]
+    assert counted.sum() == count
+    assert stats.chisquare(counted, chances * count).pvalue > 0.001
+
+
 def test_parents_that_cannot_cross_to_anything_new_leave_room_for_samples(
     tiny: SearchSpace,
 ) -> None:
@@ -190,6 +251,14 @@ def test_elites_of_any_scores_are_those_of_a_plain_sort(tiny: SearchSpace) -> No
     strategy.tell(architectures, scores)
     order = sorted(range(60), key=lambda i: (-scores[i][0], -scores[i][1], i))
     assert strategy.elites == [architectures[i] for i in order[:25]]
+
+
+def test_elites_told_again_are_ranked_by_what_was_told_last(tiny: SearchSpace) -> None:
+    architectures = samples(tiny, 6)
+    strategy = Evolution(FeasibleSet(tiny, []), seed=0, parents=3)
+    strategy.tell(architectures, [(float(-rank),) for rank in range(6)])
+    strategy.tell([architectures[0], architectures[5]], [(-9.0,), (1.0,)])
+    assert strategy.elites == [architectures[i] for i in (5, 1, 2)]
 
 
 def test_infinite_scores_are_ranked_and_not_refused(tiny: SearchSpace) -> None:

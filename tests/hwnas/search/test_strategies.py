@@ -14,7 +14,7 @@ from hwnas.costs.population import genes_of, totals
 from hwnas.search.base import Score, Strategy
 from hwnas.search.evolution import Evolution
 from hwnas.search.random import RandomSearch
-from hwnas.spaces.base import Architecture, SearchSpace
+from hwnas.spaces.base import Architecture, Ints, SearchSpace
 
 CostNamed = Callable[[SearchSpace, str], Cost]
 Build = Callable[[FeasibleSet, int], Strategy]
@@ -167,8 +167,8 @@ class Thin(FeasibleSet):
 
     listed = None
 
-    def sample(self, rng: np.random.Generator) -> Architecture | None:
-        return None
+    def samples(self, rng: np.random.Generator, count: int) -> Ints:
+        return np.empty((0, len(self.space.genes)), np.int64)
 
 
 @EVERY
