@@ -1,5 +1,6 @@
 """What is there: devices, spaces, tables, runs. Each as plain data, for people and for JSON."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hwnas.spaces.registry import SPACES, image_size, load_space
 from hwnas.store import Run, list_runs
 from latency_tables.difference import difference as compared
 from latency_tables.files import read_object, write_atomically
+from latency_tables.reference import shipped
 from latency_tables.table import LatencyTable
 from profilers.build import table_lock
 from profilers.devices import DEVICES, open_profiler
@@ -58,8 +60,17 @@ def spaces(name: str | None = None, *, classes: int = 10) -> list[dict[str, Any]
 
 def tables(folder: Path) -> list[dict[str, Any]]:
     """Every table of a folder, with its host and the quality of its latency models."""
+    return _tables(sorted(folder.glob("*.parquet")))
+
+
+def shipped_tables() -> list[dict[str, Any]]:
+    """The tables that come with the package, told alike."""
+    return _tables(shipped())
+
+
+def _tables(paths: Sequence[Path]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for path in sorted(folder.glob("*.parquet")):
+    for path in paths:
         try:
             table = LatencyTable.load(path)
         except InvalidInput as error:

@@ -33,7 +33,14 @@ TableFile = Annotated[Path, typer.Argument(help="A table's file.")]
 
 
 @tables_app.callback(invoke_without_command=True)
-def list_tables(context: typer.Context, tables: Tables = None, as_json: AsJson = False) -> None:
+def list_tables(
+    context: typer.Context,
+    tables: Tables = None,
+    shipped: Annotated[
+        bool, typer.Option("--shipped", help="Those that come with hwnas, of other machines.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """The latency tables of a folder; what is in one, how true it is, how two differ.
 
     Example: hwnas tables --tables tables
@@ -42,7 +49,7 @@ def list_tables(context: typer.Context, tables: Tables = None, as_json: AsJson =
         return
     with command(locals()) as screen:
         folder = tables_folder(tables)
-        found = hwnas.listing.tables(folder)
+        found = hwnas.listing.shipped_tables() if shipped else hwnas.listing.tables(folder)
         head = ["table", "device", "runtime", "threads", "batch", "rows", "error"]
         lines = [
             [x["table"], x["error"], "", "", "", "", ""]

@@ -1,5 +1,6 @@
 """The wheel: four top-level names, and a refusal beside a stranger of the same name."""
 
+import json
 import subprocess
 import sys
 import zipfile
@@ -57,3 +58,36 @@ def test_a_foreign_package_of_the_same_name_is_refused(
     assert last.startswith("ImportError: hwnas needs its own package")
     assert stranger in last
     assert "virtual environment" in last
+
+
+def test_the_reference_tables_of_every_preset_load_from_the_wheel(
+    wheel: Path, tmp_path: Path
+) -> None:
+    """In a process that sees the wheel's code and files alone, beside the installed libraries."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = f"""
+import json, sys
+sys.path.insert(0, {str(tmp_path)!r})
+from latency_tables.reference import shipped
+from latency_tables.table import LatencyTable
+from hwnas.spaces.registry import load_space
+tables = [LatencyTable.load(path) for path in shipped()]
+priced = {{}}
+for name, shape in (("mobile", (1000, 3, 224)), ("mobile-tiny", (10, 1, 32))):
+    classes, channels, size = shape
+    space = load_space(name, classes=classes, image_channels=channels, size=size)
+    for table in tables:
+        model = [m for key, m in table.models.items() if key.startswith(f"{{name}} {{space.fingerprint}}")]
+        if model and not table.missing(space.lattice.ops):
+            priced[name] = [model[0].quality.networks, table.host.cpu, table.protocol["rounds"]]
+print(json.dumps([[str(path) for path in shipped()], priced]))
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    paths, priced = json.loads(answer.stdout)
+    assert paths
+    assert all(path.startswith(str(tmp_path)) for path in paths)
+    assert all((Path(path).parent / "README.md").is_file() for path in paths)
+    assert set(priced) == {"mobile", "mobile-tiny"}
+    assert all(networks > 0 and cpu and rounds > 0 for networks, cpu, rounds in priced.values())
