@@ -77,7 +77,8 @@ for name, shape in (("mobile", (1000, 3, 224)), ("mobile-tiny", (10, 1, 32))):
     classes, channels, size = shape
     space = load_space(name, classes=classes, image_channels=channels, size=size)
     for table in tables:
-        model = [m for key, m in table.models.items() if key.startswith(f"{{name}} {{space.fingerprint}}")]
+        wanted = f"{{name}} {{space.fingerprint}}"
+        model = [m for key, m in table.models.items() if key.startswith(wanted)]
         if model and not table.missing(space.lattice.ops):
             priced[name] = [model[0].quality.networks, table.host.cpu, table.protocol["rounds"]]
 print(json.dumps([[str(path) for path in shipped()], priced]))
