@@ -41,7 +41,8 @@ def _networks(
         names = rng.choice(list(scales), rng.integers(8, 25))
         rows = tuple((str(name), float(rng.uniform(5, 200))) for name in names)
         latency = offset + sum(scales[name] * us + per_op for name, us in rows)
-        networks.append(MeasuredNetwork(rows, float(latency * np.exp(noise * rng.normal()))))
+        noisy = float(latency * np.exp(noise * rng.normal()))
+        networks.append(MeasuredNetwork(rows, noisy, noisy))
     return networks
 
 

@@ -22,6 +22,7 @@ import onnx
 import pytest
 
 from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
+from latency_tables.boundaries import chain_key
 from latency_tables.ops import OpSpec, Tensor
 from latency_tables.table import Host, LatencyTable
 from profilers.base import Profiler, WrongKernels
@@ -76,21 +77,21 @@ class Watched(SimulatedProfiler):
         self.checked: list[str] = []
         self.open_sessions = 0
 
-    def prepare(self, model: onnx.ModelProto) -> SimulatedSession:
-        return WatchedSession(model, self)
+    def prepare(self, model: onnx.ModelProto | Path) -> SimulatedSession:
+        return WatchedSession(onnx.load(model) if isinstance(model, Path) else model, self)
 
     def check(self, model: onnx.ModelProto) -> None:
-        (op,) = read_ops(model)
-        if op.key in self.wrong:
-            raise WrongKernels(op.key)
-        self.checked.append(op.key)
+        key = chain_key(read_ops(model))
+        if key in self.wrong:
+            raise WrongKernels(key)
+        self.checked.append(key)
 
 
 class WatchedSession(SimulatedSession):
     def __init__(self, model: onnx.ModelProto, profiler: Watched) -> None:
         super().__init__(model, profiler.batch)
         self.profiler = profiler
-        self.key = read_ops(model)[0].key
+        self.key = chain_key(read_ops(model))
         profiler.open_sessions += 1
         assert profiler.open_sessions == 1, "one session at a time"
 
@@ -135,6 +136,11 @@ def journal(path: Path) -> Path:
     return path.with_suffix(".journal")
 
 
+def turns(measured: Sequence[str], size: int = len(OPS)) -> list[list[str]]:
+    """What was measured, cut into turns of so many."""
+    return [list(measured[start : start + size]) for start in range(0, len(measured), size)]
+
+
 # ---- rows
 
 
@@ -145,9 +151,11 @@ def test_rows_hold_what_was_measured(path: Path) -> None:
         row = table.lookup(op)
         wanted = pytest.approx(CALL_US + op_us(op), abs=JOURNALLED_US)
         assert row.median_us == row.min_us == row.p95_us == wanted
+        assert row.low_us == row.high_us == wanted
         assert (row.spread, row.stable, row.runs) == (0.0, True, 3 * 4)
         assert row.precision == op.precision.name
-        assert OpSpec.from_json(row.op) == op
+        assert row.chain == (op,)
+    assert table.pace_us == 1.0, "the simulated device's"
 
 
 def test_the_table_on_disk_is_the_one_returned(path: Path) -> None:
@@ -179,7 +187,25 @@ def test_blocks_are_taken_in_rounds_over_all_rows(path: Path) -> None:
     """So that a drift of the machine hits all rows alike."""
     profiler = Watched()
     build_rows(profiler, OPS, path, PROTOCOL)
-    assert profiler.measured == [op.key for op in OPS] * PROTOCOL.rounds
+    keys = sorted(op.key for op in OPS)
+    assert [sorted(turn) for turn in turns(profiler.measured)] == [keys] * PROTOCOL.rounds
+
+
+def test_every_round_has_an_order_of_its_own(path: Path) -> None:
+    """So that a drift within the rounds hits other rows in each; the same in every build."""
+    ops = [conv(channels) for channels in range(4, 16)]
+    protocol = replace(PROTOCOL, rounds=6, min_runs=1)
+    profiler, again = Watched(), Watched()
+    build_rows(profiler, ops, path, protocol)
+    build_rows(again, ops[::-1], path.with_name("again.parquet"), protocol)
+    orders = turns(profiler.measured, len(ops))
+    assert len(orders) == 6
+    assert len({tuple(order) for order in orders}) == 6
+    assert sorted(op.key for op in ops) not in orders
+    places = np.array([[order.index(op.key) for op in ops] for order in orders])
+    assert len(set(places.T.ravel().tolist())) == len(ops)
+    assert (np.ptp(places, axis=0) > 2).all(), "no row is always early, or always late"
+    assert again.measured == profiler.measured
 
 
 def test_progress_counts_up_to_all_of_it(path: Path) -> None:
@@ -201,10 +227,10 @@ def test_an_op_in_wrong_kernels_stops_the_build_before_anything_is_timed(path: P
 
 def test_the_graph_of_a_row_depends_on_its_op_alone() -> None:
     profiler = SimulatedProfiler()
-    first, again = (row_model(op, profiler) for op in (OPS[0], OpSpec.from_json(OPS[0].to_json())))
+    first, again = (row_model((op,), profiler) for op in (OPS[0], OpSpec.from_json(OPS[0].to_json())))
     assert first.SerializeToString() == again.SerializeToString()
     assert read_ops(first) == [OPS[0]]
-    constants = [row_model(op, profiler).graph.initializer for op in OPS]
+    constants = [row_model((op,), profiler).graph.initializer for op in OPS]
     weights = [max((item.raw_data for item in each), key=len)[:64] for each in constants]
     assert len(set(weights)) == len(OPS), "each op has random numbers of its own"
 
@@ -229,9 +255,11 @@ def test_a_build_can_be_interrupted_again_and_again(path: Path) -> None:
     measured: list[str] = []
     for blocks in (3, 2, 6):
         measured += interrupt(path, blocks).measured
-    last = Watched()
+    last, whole = Watched(), Watched()
     build_rows(last, OPS, path, PROTOCOL)
-    assert measured + last.measured == [op.key for op in OPS] * PROTOCOL.rounds
+    build_rows(whole, OPS, path.with_name("whole.parquet"), PROTOCOL)
+    assert measured + last.measured == whole.measured
+    assert len(whole.measured) == len(OPS) * PROTOCOL.rounds
 
 
 def test_an_interrupted_extension_leaves_the_table_as_it_was(path: Path) -> None:
@@ -243,22 +271,23 @@ def test_an_interrupted_extension_leaves_the_table_as_it_was(path: Path) -> None
 
 
 def test_ops_with_journalled_blocks_are_not_checked_again(path: Path) -> None:
-    interrupt(path, 2)
+    stopped = interrupt(path, 2)
     resumed = Watched()
     build_rows(resumed, OPS, path, PROTOCOL)
-    assert resumed.checked == [op.key for op in OPS[2:]]
+    assert resumed.checked == [op.key for op in OPS if op.key not in stopped.measured]
+    assert len(resumed.checked) == len(OPS) - 2
 
 
 @pytest.mark.parametrize("cut", [1, 10, 40])
 def test_a_last_line_that_was_cut_short_is_measured_again(path: Path, cut: int) -> None:
-    interrupt(path, 4)
+    stopped = interrupt(path, 4)
     text = journal(path).read_bytes()
     journal(path).write_bytes(text[:-cut])
     resumed = Watched()
     table = build_rows(resumed, OPS, path, PROTOCOL)
     assert len(resumed.measured) == len(OPS) * PROTOCOL.rounds - 3
-    assert resumed.measured[0] == OPS[3].key
-    assert table.lookup(OPS[3]).runs == 3 * 4
+    assert resumed.measured[0] == stopped.measured[3]
+    assert table.rows[stopped.measured[3]].runs == 3 * 4
 
 
 def test_a_cut_journal_can_be_interrupted_and_resumed_again(path: Path) -> None:
@@ -281,15 +310,16 @@ def test_a_journal_cut_inside_its_first_line_starts_anew(path: Path, kept: int) 
 
 
 def test_measured_samples_come_back_from_the_journal(path: Path) -> None:
-    interrupt(path, 2)
+    first, second = interrupt(path, 2).measured
     lines = [json.loads(line) for line in journal(path).read_text().splitlines()]
-    assert [key for key, _ in lines[1:]] == [op.key for op in OPS[:2]]
-    marked = [[123.0, 124.0, 125.0, 126.0] if i == 1 else s for i, (_, s) in enumerate(lines[1:])]
+    assert [key for key, _ in lines[1:]] == [first, second]
+    mark = [[us, 1.0] for us in (123.0, 124.0, 125.0, 126.0)]
+    marked = [mark if key == second else samples for key, samples in lines[1:]]
     text = [lines[0], *([key, s] for (key, _), s in zip(lines[1:], marked, strict=True))]
     journal(path).write_text("".join(json.dumps(item) + "\n" for item in text))
     table = build_rows(Watched(), OPS, path, PROTOCOL)
-    assert table.lookup(OPS[1]).p95_us > 120
-    assert table.lookup(OPS[0]).p95_us < 20
+    assert table.rows[second].p95_us > 120
+    assert table.rows[first].p95_us < 20
 
 
 def test_a_disk_that_is_full_for_one_line_loses_nothing_before_it(
@@ -301,7 +331,7 @@ def test_a_disk_that_is_full_for_one_line_loses_nothing_before_it(
     class Full(Watched):
         """The disk takes half a line more."""
 
-        def prepare(self, model: onnx.ModelProto) -> SimulatedSession:
+        def prepare(self, model: onnx.ModelProto | Path) -> SimulatedSession:
             with journal(path).open("ab") as file:
                 file.write(b'["half a')
             monkeypatch.setattr(Path, "open", refuse)
@@ -388,9 +418,9 @@ def test_a_table_of_another_condition_is_refused_and_kept(path: Path) -> None:
 
 
 def test_the_network_name_and_the_governor_are_recorded_but_not_compared(path: Path) -> None:
-    interrupt(path, 4)
-    elsewhere = Elsewhere()
-    build_rows(elsewhere, OPS[:4], path, PROTOCOL)
+    stopped = interrupt(path, 4)
+    elsewhere, asked = Elsewhere(), [op for op in OPS if op.key in stopped.measured]
+    build_rows(elsewhere, asked, path, PROTOCOL)
     assert len(elsewhere.measured) == 4 * PROTOCOL.rounds - 4
     assert len(build_rows(Watched(), OPS, path, PROTOCOL).rows) == len(OPS)
     assert LatencyTable.load(path).host.hostname == "elsewhere"
@@ -451,6 +481,11 @@ def write(ops: list[OpSpec], path: Path) -> Path:
     return path
 
 
+def measured(*asked: Any, **keywords: Any) -> list[list[list[list[float]]]]:
+    """What `measure_models` gives, as lists that compare."""
+    return [[block.tolist() for block in each] for each in measure_models(*asked, **keywords)]
+
+
 def networks(folder: Path, count: int) -> list[Path]:
     return [write(network(4 * (n + 1)), folder / f"{n}.onnx") for n in range(count)]
 
@@ -484,7 +519,7 @@ def quick(started: list[Seen], monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
 import json, os, sys
 job = json.load(sys.stdin)
 for path in job["models"]:
-    print([os.path.getsize(path)] * job["protocol"]["min_runs"], flush=True)
+    print([[os.path.getsize(path), 1.0]] * job["protocol"]["min_runs"], flush=True)
 """
     monkeypatch.setattr(Seen, "worker", ["-c", code])
     return started
@@ -495,7 +530,7 @@ def test_networks_are_measured_in_as_many_processes_as_asked_for(
 ) -> None:
     files = networks(tmp_path, 3)
     told: list[tuple[int, int]] = []
-    measured = measure_models(
+    found = measure_models(
         SimulatedProfiler(batch=2),
         files,
         PROTOCOL,
@@ -503,14 +538,26 @@ def test_networks_are_measured_in_as_many_processes_as_asked_for(
         processes=2,
     )
     assert told == [(done, 6) for done in (1, 2, 3, 4, 5, 6)]
-    assert [process.models for process in started] == [["0", "1", "2"]] * 2
+    assert [sorted(process.models) for process in started] == [["0", "1", "2"]] * 2
     assert all(process.returncode is not None for process in started)
-    for number, found in enumerate(measured):
+    for number, blocks in enumerate(found):
         wanted = CALL_US + 2 * sum(map(op_us, network(4 * (number + 1))))
-        assert found.median_us == pytest.approx(wanted, abs=JOURNALLED_US)
-        assert found.runs == 2 * PROTOCOL.min_runs
-        assert found.stable
+        assert [block.shape for block in blocks] == [(PROTOCOL.min_runs, 2)] * 2
+        for block in blocks:
+            assert block.tolist() == [[pytest.approx(wanted, abs=JOURNALLED_US), 1.0]] * len(block)
     assert sorted(file.name for file in tmp_path.iterdir()) == [f"{n}.onnx" for n in range(3)]
+
+
+def test_each_process_times_the_networks_in_an_order_of_its_own(
+    tmp_path: Path, quick: list[Seen]
+) -> None:
+    files = networks(tmp_path, 6)
+    for _ in range(2):
+        measure_models(SimulatedProfiler(), files, PROTOCOL, processes=5)
+    orders = [tuple(process.models) for process in quick]
+    assert orders[:5] == orders[5:]
+    assert len(set(orders)) == 5
+    assert {tuple(sorted(order)) for order in orders} == {tuple(map(str, range(6)))}
 
 
 def test_a_measuring_process_that_fails_is_one_line(tmp_path: Path) -> None:
@@ -536,8 +583,8 @@ def test_nothing_to_measure_is_nothing(quick: list[Seen]) -> None:
 @pytest.mark.parametrize(
     ("worker", "told"),
     [
-        ("print([1.0, 2.0])", "it ended without a message"),
-        ("import os; print([1.0, 2.0], flush=True); os.kill(os.getpid(), 9)", "it ended without"),
+        ("print([[1.0, 2.0]])", "it ended without a message"),
+        ("import os; print([[1.0, 2.0]], flush=True); os.kill(os.getpid(), 9)", "it ended without"),
         ("print('[1.0,', end='')", "it ended without a message"),
         ("print('hello')", "it ended without a message"),
         ("pass", "it ended without a message"),
@@ -554,13 +601,14 @@ def test_a_measuring_process_that_ends_early_is_told_and_what_it_measured_is_kep
         patch.setattr(Seen, "worker", ["-c", worker])
         with pytest.raises(HwnasError, match=f"measuring process failed: .*{told}"):
             measure_models(SimulatedProfiler(), files, PROTOCOL, journal=kept)
-    whole = "[1.0, 2.0]" in worker
+    whole = "[[1.0, 2.0]]" in worker
     assert len(lines(kept)) == whole
-    found = measure_models(SimulatedProfiler(), files, PROTOCOL, journal=kept)
-    assert [each.min_us == 1.0 for each in found] == [whole, False]
-    assert [process.models for process in quick[1:]] == [["1"] if whole else ["0", "1"]] + [
-        ["0", "1"]
-    ] * 2
+    found = measured(SimulatedProfiler(), files, PROTOCOL, journal=kept)
+    first, second = quick[0].models
+    for name, blocks in zip(("0", "1"), found, strict=True):
+        assert ([[1.0, 2.0]] in blocks) is (whole and name == first)
+    assert quick[1].models == ([second] if whole else [first, second])
+    assert [sorted(process.models) for process in quick[2:]] == [["0", "1"]] * 2
 
 
 class Enough(Exception):
@@ -609,23 +657,24 @@ def test_interrupted_networks_go_on_with_the_missing_blocks(
     blocks: int, tmp_path: Path, quick: list[Seen]
 ) -> None:
     files, kept = networks(tmp_path, 3), tmp_path / "kept.journal"
-    wanted = measure_models(SimulatedProfiler(), files, PROTOCOL)
+    wanted = measured(SimulatedProfiler(), files, PROTOCOL)
+    order = [name for process in quick for name in process.models]
+    assert len(order) == 3 * PROTOCOL.rounds
     quick.clear()
     with pytest.raises(KeyboardInterrupt):
         measure_models(SimulatedProfiler(), files, PROTOCOL, stopping_after(blocks), journal=kept)
     before = kept.read_bytes()
     quick.clear()
     told: list[int] = []
-    found = measure_models(
+    found = measured(
         SimulatedProfiler(), files, PROTOCOL, lambda _, done, __: told.append(done), journal=kept
     )
     assert found == wanted
     assert told == list(range(blocks, 10)), "what is there already is told first"
-    order = ["0", "1", "2"] * PROTOCOL.rounds
     assert [name for process in quick for name in process.models] == order[blocks:]
     assert kept.read_bytes().startswith(before)
     quick.clear()
-    assert measure_models(SimulatedProfiler(), files, PROTOCOL, journal=kept) == wanted
+    assert measured(SimulatedProfiler(), files, PROTOCOL, journal=kept) == wanted
     assert quick == [], "nothing is missing, so no process is started"
 
 
@@ -636,9 +685,9 @@ def test_a_journal_gives_what_it_holds_and_not_more(tmp_path: Path) -> None:
     measure_models(SimulatedProfiler(), files, PROTOCOL, processes=3, journal=kept)
     before = kept.read_bytes()
     found = measure_models(SimulatedProfiler(), files, PROTOCOL, processes=2, journal=kept)
-    assert [each.runs for each in found] == [2 * PROTOCOL.min_runs] * 2
+    assert [len(blocks) for blocks in found] == [2] * 2
     found = measure_models(SimulatedProfiler(), files, PROTOCOL, processes=4, journal=kept)
-    assert [each.runs for each in found] == [4 * PROTOCOL.min_runs] * 2
+    assert [len(blocks) for blocks in found] == [4] * 2
     assert kept.read_bytes().startswith(before)
 
 
@@ -646,10 +695,10 @@ def test_blocks_are_kept_by_the_models_bytes(tmp_path: Path, quick: list[Seen]) 
     """Another order, other names and further models: only what is new is measured."""
     first, second, third = networks(tmp_path, 3)
     kept = tmp_path / "kept.journal"
-    wanted = measure_models(SimulatedProfiler(), [first, second], PROTOCOL, journal=kept)
+    wanted = measured(SimulatedProfiler(), [first, second], PROTOCOL, journal=kept)
     moved = first.rename(tmp_path / "moved.onnx")
     quick.clear()
-    found = measure_models(SimulatedProfiler(), [third, second, moved], PROTOCOL, journal=kept)
+    found = measured(SimulatedProfiler(), [third, second, moved], PROTOCOL, journal=kept)
     assert [found[2], found[1]] == wanted
     assert [process.models for process in quick] == [["2"]] * PROTOCOL.rounds
     write(network(20), second)
@@ -667,17 +716,17 @@ def test_a_model_that_is_asked_for_twice_is_measured_twice(
     kept = tmp_path / "kept.journal"
     for _ in range(2):
         assert len(measure_models(SimulatedProfiler(), [file, copy], PROTOCOL, journal=kept)) == 2
-    assert [process.models for process in quick] == [["0", "copy"]] * PROTOCOL.rounds
+    assert [sorted(process.models) for process in quick] == [["0", "copy"]] * PROTOCOL.rounds
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_line_that_was_cut_short_is_measured_again(tmp_path: Path) -> None:
     files, kept = networks(tmp_path, 2), tmp_path / "kept.journal"
-    wanted = measure_models(SimulatedProfiler(), files, PROTOCOL, journal=kept)
+    wanted = measured(SimulatedProfiler(), files, PROTOCOL, journal=kept)
     whole = kept.read_bytes()
     for cut in (1, 20, len(whole) - 5):
         kept.write_bytes(whole[:-cut])
-        assert measure_models(SimulatedProfiler(), files, PROTOCOL, journal=kept) == wanted
+        assert measured(SimulatedProfiler(), files, PROTOCOL, journal=kept) == wanted
         assert kept.read_bytes() == whole
 
 
@@ -770,7 +819,7 @@ def test_rows_that_were_killed_again_and_again_end_as_an_undisturbed_build(path:
 def test_networks_that_were_killed_again_and_again_end_as_undisturbed_ones(tmp_path: Path) -> None:
     files, kept = networks(tmp_path, 3), tmp_path / "kept.journal"
     protocol = replace(PROTOCOL, rounds=2)
-    wanted = measure_models(SimulatedProfiler(), files, protocol)
+    wanted = measured(SimulatedProfiler(), files, protocol)
     before: list[str] = []
     for after in (1, 5):
         killed("networks", kept, files, protocol, "timing", after)
@@ -778,7 +827,7 @@ def test_networks_that_were_killed_again_and_again_end_as_undisturbed_ones(tmp_p
         assert found[: len(before)] == before
         assert len(found) == after
         before = found
-    assert measure_models(SimulatedProfiler(), files, protocol, journal=kept) == wanted
+    assert measured(SimulatedProfiler(), files, protocol, journal=kept) == wanted
     assert lines(kept)[:5] == before, "what was there was not measured again"
     counted = Counter(json.loads(line)[0] for line in lines(kept))
     assert list(counted.values()) == [2, 2, 2]
@@ -796,9 +845,10 @@ def test_a_small_table_on_onnx_runtime(path: Path) -> None:
     protocol = replace(PROTOCOL, max_spread=10.0)
     table = build_rows(OrtProfiler(), [small, large, integer], path, protocol)
     assert len(table.rows) == 3
+    assert table.pace_us > 1
     assert table.lookup(large).median_us > 3 * table.lookup(small).median_us
     for row in table.rows.values():
-        assert 0 < row.min_us <= row.median_us
+        assert 0 < row.min_us <= row.low_us <= row.median_us <= row.high_us
         assert 3 * protocol.min_runs <= row.runs <= 3 * protocol.max_runs
     assert LatencyTable.load(path).host == OrtProfiler().host()
 
