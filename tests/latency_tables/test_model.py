@@ -19,6 +19,7 @@ from latency_tables.model import (
     MeasuredNetwork,
     Quality,
     calibrate,
+    quality_of,
 )
 
 NO_QUALITY = Quality(0, 0, 0, 0, 0, 0, 0, 0)
@@ -111,8 +112,69 @@ def test_a_factor_does_not_leave_its_limits(scale: float, stays: float) -> None:
     model = calibrate(*parts)
     assert 0.2 <= model.scales["fp32"] <= 2.0
     assert model.scales["fp32"] == pytest.approx(stays, rel=1e-3)
-    assert -20 <= model.per_op_us <= 20
-    assert 0 <= model.offset_us <= 20
+    most = max(20.0, min(network.latency_us for network in parts[0]) / 10)
+    assert (most > 20) is (scale > 1), "both sizes of networks take part"
+    assert -most <= model.per_op_us <= most
+    assert 0 <= model.offset_us <= most
+
+
+@pytest.mark.parametrize(("cost", "most"), [(30.0, 20.0), (600.0, 60.0)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_constants_stay_within_20_us_or_a_tenth_of_the_fastest_network(
+    cost: float, most: float, sign: int
+) -> None:
+    """Networks whose latency hangs on their number of ops alone, far more than is allowed for."""
+    rng = np.random.default_rng(0)
+    networks = []
+    for count in [1, 2, *rng.integers(1, 9, 60).tolist()]:
+        rows = tuple(("fp32", float(us)) for us in rng.uniform(500, 501, count) * cost / 500)
+        latency = cost * (1 if sign > 0 else 1.3) + (count - 1) * cost * (3 if sign > 0 else 0.01)
+        networks.append(MeasuredNetwork(rows, latency, latency))
+    most *= 1 if sign > 0 else 1.3 if cost > 100 else 39 / 30 if most > 20 else 1
+    model = calibrate(networks[:40], networks[40:50], networks[50:])
+    assert abs(model.per_op_us) <= most * (1 + 1e-9)
+    assert 0 <= model.offset_us <= most * (1 + 1e-9)
+    assert max(abs(model.per_op_us), model.offset_us) == pytest.approx(most, rel=1e-3)
+
+
+def test_errors_are_at_the_tables_pace_and_the_bound_is_as_observed() -> None:
+    """A machine that is quick in half of its networks, by 5 %, and slow in the others, by 20 %."""
+    fit, bound, test = (_networks(count, seed=seed) for seed, count in enumerate((40, 99, 50)))
+
+    def observed(networks: list[MeasuredNetwork]) -> list[MeasuredNetwork]:
+        rng = np.random.default_rng(len(networks))
+        speeds = rng.permutation(np.resize([0.95, 1.2], len(networks))).tolist()
+        return [
+            replace(network, observed_us=speed * network.latency_us)
+            for network, speed in zip(networks, speeds, strict=True)
+        ]
+
+    model = calibrate(observed(fit), observed(bound), observed(test))
+    steady = calibrate(fit, bound, test)
+    assert model.scales == steady.scales == pytest.approx(SCALES, rel=1e-6)
+    assert (model.per_op_us, model.offset_us) == (steady.per_op_us, steady.offset_us)
+    assert model.upper_ratio == pytest.approx(1.2, rel=1e-6)
+    assert steady.upper_ratio == pytest.approx(1.0, rel=1e-6)
+    assert model.quality.worst_error < 1e-6
+    assert model.quality.within_5 == 1.0
+    assert model.quality.tau == pytest.approx(1.0)
+    below = replace(model, upper_ratio=1.1)
+    assert quality_of(below, observed(test)).coverage == 0.5
+    assert quality_of(below, test).coverage == 1.0
+    assert quality_of(below, observed(test)).mean_error == model.quality.mean_error
+
+
+def test_a_model_at_another_pace_predicts_in_proportion_and_bounds_the_same() -> None:
+    model = calibrate(*(_networks(30, seed=seed, noise=0.05) for seed in range(3)))
+    moved = model.at_pace(1.25)
+    for network in _networks(10, seed=9):
+        slower = replace(network, rows=tuple((name, 1.25 * us) for name, us in network.rows))
+        before, after = _additive(model, network), _additive(moved, slower)
+        assert moved.predict_ms(after) == pytest.approx(1.25 * model.predict_ms(before))
+        assert moved.upper_ms(after) == pytest.approx(model.upper_ms(before))
+    assert (moved.scales, moved.coverage, moved.quality) == (
+        model.scales, model.coverage, model.quality,
+    )  # fmt: skip
 
 
 def test_the_quality_is_that_of_the_test_networks_written_out() -> None:

@@ -182,7 +182,7 @@ def test_the_file_is_of_version_two_and_a_loaded_table_prices_as_before(tmp_path
     assert (meta["pace_us"], meta["reports"]) == (42.5, {"m": REPORT})
     loaded = LatencyTable.load(path)
     assert (loaded.pace_us, loaded.reports) == (42.5, {"m": REPORT})
-    assert set(loaded.chains) == {chain_key((ops[0], op)) for op in ops}
+    assert set(loaded.chains) == {chain_key((ops[0], op)) for op in ops[1:]}
     assert loaded.savings_us() == table.savings_us() != {}
     assert loaded.in_network_us(ops) == table.in_network_us(ops)
 
