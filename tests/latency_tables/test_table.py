@@ -118,8 +118,9 @@ times = st.floats(min_value=1e-6, max_value=1e9)
         st.builds(
             Row,
             key=st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
-            ops=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=3)
-            .map(json.dumps),
+            ops=st.lists(
+                st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=3
+            ).map(json.dumps),
             precision=st.sampled_from(["fp32", "w8a8"]),
             median_us=times,
             low_us=times,

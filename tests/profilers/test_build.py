@@ -6,13 +6,14 @@ The simulated device states what each row must be; one small build runs on ONNX 
 import errno
 import itertools
 import json
+import math
 import os
 import pickle
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -31,6 +32,7 @@ from profilers.build import (
     forget,
     measure_models,
     minutes,
+    missing_chains,
     open_table,
     row_model,
     table_lock,
@@ -227,12 +229,262 @@ def test_an_op_in_wrong_kernels_stops_the_build_before_anything_is_timed(path: P
 
 def test_the_graph_of_a_row_depends_on_its_op_alone() -> None:
     profiler = SimulatedProfiler()
-    first, again = (row_model((op,), profiler) for op in (OPS[0], OpSpec.from_json(OPS[0].to_json())))
+    first, again = (
+        row_model((op,), profiler) for op in (OPS[0], OpSpec.from_json(OPS[0].to_json()))
+    )
     assert first.SerializeToString() == again.SerializeToString()
     assert read_ops(first) == [OPS[0]]
     constants = [row_model((op,), profiler).graph.initializer for op in OPS]
     weights = [max((item.raw_data for item in each), key=len)[:64] for each in constants]
     assert len(set(weights)) == len(OPS), "each op has random numbers of its own"
+
+
+# ---- chains
+
+CHAINED = [
+    conv(8),
+    inverted_residual(conv(8).output, 8, kernel=3, expansion=2, precision=W8A8),
+    inverted_residual(conv(8).output, 8, kernel=3, expansion=2, precision=FP32),
+    conv_norm_activation(
+        Tensor(8, 7, 7, Format.parse("a8")), 12, kernel=1, precision=FP32
+    ),
+    classifier(Tensor(12, 7, 7, Format.parse("fp32+")), 8, 4, precision=W8A8),
+]  # fmt: skip
+"""Positions of a network; codes come out of a residual block alone, whose producer is the stem."""
+
+
+def test_the_chains_that_tell_what_boundaries_save_are_measured_with_the_rows(path: Path) -> None:
+    stem, coded, floating, after, last = CHAINED
+    profiler = Watched()
+    table = build_rows(profiler, CHAINED, path, PROTOCOL)
+    chains = [(stem, coded), (stem, floating), (stem, coded, after), (after, last)]
+    assert set(table.chains) == {chain_key(chain) for chain in chains}
+    assert list(table.rows) == [op.key for op in CHAINED]
+    keys = sorted([*table.rows, *table.chains])
+    orders = turns(profiler.measured, len(keys))
+    assert [sorted(turn) for turn in orders] == [keys] * PROTOCOL.rounds
+    for chain in chains:
+        row = table.chains[chain_key(chain)]
+        assert row.chain == chain
+        assert row.precision == chain[-1].precision.name
+        wanted = CALL_US + sum(map(op_us, chain))
+        assert row.median_us == pytest.approx(wanted, abs=JOURNALLED_US)
+    assert LatencyTable.load(path) == table
+
+
+def test_inside_a_network_of_the_simulated_device_only_the_first_op_pays_for_the_call(
+    path: Path,
+) -> None:
+    table = build_rows(SimulatedProfiler(), CHAINED, path, PROTOCOL)
+    saved = table.savings_us()
+    assert saved.keys() == {op.boundary for op in CHAINED[1:]}
+    assert list(saved.values()) == pytest.approx([CALL_US] * 4, abs=4 * JOURNALLED_US)
+    wanted = [op_us(op) + CALL_US * (place == 0) for place, op in enumerate(CHAINED)]
+    assert table.in_network_us(CHAINED) == pytest.approx(wanted, abs=5 * JOURNALLED_US)
+
+
+def test_only_boundaries_that_no_chain_crosses_yet_are_measured_later(path: Path) -> None:
+    stem, coded, floating, after, last = CHAINED
+    table = build_rows(Watched(), [after, last], path, PROTOCOL)
+    assert set(table.chains) == {chain_key((after, last))}
+    more = conv_norm_activation(after.output, 24, kernel=3, precision=W8A8)
+    assert more.boundary == last.boundary
+    second = Watched()
+    build_rows(second, [stem, after, last, more], path, PROTOCOL)
+    assert set(second.measured) == {stem.key, more.key}, "the boundary before `more` is known"
+    third = Watched()
+    table = build_rows(third, CHAINED, path, PROTOCOL)
+    assert set(third.measured) == {
+        coded.key, floating.key,
+        *map(chain_key, [(stem, coded), (stem, floating), (stem, coded, after)]),
+    }  # fmt: skip
+    assert missing_chains(table, CHAINED) == []
+
+
+def test_what_is_missing_is_ops_first_then_chains_each_behind_its_head(path: Path) -> None:
+    stem, coded, floating, after, last = CHAINED
+    table = open_table(Watched(), path, PROTOCOL)
+    missing = missing_chains(table, [*CHAINED, stem])
+    assert missing[:5] == [(op,) for op in CHAINED]
+    assert sorted(missing[5:], key=chain_key) == sorted(
+        [(stem, coded), (stem, floating), (stem, coded, after), (after, last)], key=chain_key
+    )
+    assert missing.index((stem, coded)) < missing.index((stem, coded, after))
+
+
+# ---- more rounds for noisy rows
+
+
+class Noisy(Watched):
+    """The simulated device where block n of a key in `noise` takes that many times its time.
+
+    `before` counts the blocks of earlier processes. `drift` is how much longer each further block
+    of any key takes than the first did, with its pace.
+    """
+
+    def __init__(
+        self,
+        noise: Mapping[str, Callable[[int], float]],
+        *,
+        patience: int | None = None,
+        before: Sequence[str] = (),
+        drift: float = 0.0,
+    ) -> None:
+        super().__init__(patience=patience)
+        self.noise = noise
+        self.count = Counter(before)
+        self.drift = drift
+
+    def prepare(self, model: onnx.ModelProto | Path) -> SimulatedSession:
+        return NoisySession(onnx.load(model) if isinstance(model, Path) else model, self)
+
+
+class NoisySession(WatchedSession):
+    profiler: Noisy
+
+    def _block(self, protocol: Protocol) -> Samples:
+        speed = 1 + self.profiler.drift * len(self.profiler.measured)
+        samples = super()._block(protocol)
+        number = self.profiler.count[self.key]
+        self.profiler.count[self.key] += 1
+        factor = self.profiler.noise.get(self.key, lambda _: 1.0)(number)
+        return samples * [speed * factor, speed]
+
+
+NOISY, CALMING = OPS[0].key, OPS[2].key
+SWINGS = {NOISY: lambda n: 1.5 if n % 2 else 1.0}
+CALMS_DOWN = {CALMING: lambda n: (1.0, 1.2, 0.8, 1.0)[min(n, 3)]}
+NETWORK_US = 100.0
+"""Its rows may be 0.4 us wide: the swings are some 4 us, other rows have no width."""
+
+
+def blocks_of(profiler: Watched) -> dict[str, int]:
+    return dict(Counter(profiler.measured))
+
+
+@pytest.mark.parametrize("most", [3, 4, 9])
+def test_a_row_that_stays_wide_is_measured_in_all_rounds_and_is_unstable(
+    path: Path, most: int
+) -> None:
+    protocol = replace(PROTOCOL, max_rounds=most, max_spread=10.0)
+    profiler = Noisy(SWINGS)
+    table = build_rows(profiler, OPS, path, protocol, network_us=NETWORK_US)
+    quiet = {op.key: PROTOCOL.rounds for op in OPS}
+    assert blocks_of(profiler) == quiet | {NOISY: most}
+    for key, row in table.rows.items():
+        assert row.stable is (key != NOISY)
+        assert row.runs == PROTOCOL.min_runs * (most if key == NOISY else PROTOCOL.rounds)
+    noisy = table.rows[NOISY]
+    us = CALL_US + op_us(OPS[0])
+    assert (noisy.low_us, noisy.high_us) == pytest.approx((us, 1.5 * us), abs=JOURNALLED_US)
+
+
+def test_a_row_is_measured_until_it_is_narrow_and_not_longer(path: Path) -> None:
+    """Blocks of 1, 1.2, 0.8, 1, 1, ...: with eight the interval leaves one out on each side."""
+    profiler = Noisy(CALMS_DOWN)
+    protocol = replace(PROTOCOL, max_rounds=15)
+    table = build_rows(profiler, OPS, path, protocol, network_us=NETWORK_US)
+    assert blocks_of(profiler) == {op.key: 3 for op in OPS} | {CALMING: 8}
+    assert all(row.stable for row in table.rows.values())
+
+
+def test_rows_are_wide_or_not_against_the_network(path: Path) -> None:
+    us = CALL_US + op_us(OPS[0])
+    for number, (network_us, rounds) in enumerate(
+        [
+            (math.inf, 3),
+            (1.01 * 0.5 * us / (2 * PROTOCOL.tolerance), 3),
+            (0.99 * 0.5 * us / (2 * PROTOCOL.tolerance), 15),
+        ]
+    ):
+        profiler = Noisy(SWINGS)
+        table = build_rows(
+            profiler, OPS, path.with_name(f"{number}.parquet"), PROTOCOL, network_us=network_us
+        )
+        assert blocks_of(profiler)[NOISY] == rounds
+        assert not table.rows[NOISY].stable, "its blocks are further apart than the protocol has it"
+
+
+def test_a_build_that_is_not_told_of_a_network_takes_the_rounds_alone(path: Path) -> None:
+    profiler = Noisy(SWINGS)
+    build_rows(profiler, OPS, path, PROTOCOL)
+    assert set(blocks_of(profiler).values()) == {PROTOCOL.rounds}
+
+
+def test_only_the_wide_rows_are_in_the_extra_rounds_each_in_an_order_of_its_own(
+    path: Path,
+) -> None:
+    ops = [conv(channels) for channels in range(4, 12)]
+    noisy = {op.key: SWINGS[NOISY] for op in ops[:6]}
+    profiler = Noisy(noisy)
+    told: list[tuple[str, int, int]] = []
+    build_rows(
+        profiler, ops, path, PROTOCOL, lambda *item: told.append(item), network_us=NETWORK_US
+    )
+    regular = len(ops) * PROTOCOL.rounds
+    extra = turns(profiler.measured[regular:], 6)
+    assert len(extra) == PROTOCOL.max_rounds - PROTOCOL.rounds
+    assert [sorted(turn) for turn in extra] == [sorted(noisy)] * len(extra)
+    assert len({tuple(turn) for turn in extra}) == len(extra)
+    again = [(done, of) for label, done, of in told if label == "timing noisy ops again"]
+    assert again == [(done, 6) for done in range(1, 7)] * len(extra)
+    assert [done for label, done, _ in told if label == "timing ops"] == [*range(1, regular + 1)]
+
+
+@pytest.mark.parametrize("blocks", [14, 15, 16, 18, 22])
+def test_an_interruption_in_the_extra_rounds_measures_nothing_twice(
+    path: Path, blocks: int
+) -> None:
+    noise = SWINGS | CALMS_DOWN
+    whole = Noisy(noise)
+    other = path.with_name("whole.parquet")
+    wanted = build_rows(whole, OPS, other, PROTOCOL, network_us=NETWORK_US)
+    stopped = Noisy(noise, patience=blocks)
+    with pytest.raises(KeyboardInterrupt):
+        build_rows(stopped, OPS, path, PROTOCOL, network_us=NETWORK_US)
+    assert len(stopped.measured) == blocks < len(whole.measured) == 15 + 12 + 5
+    resumed = Noisy(noise, before=stopped.measured)
+    table = build_rows(resumed, OPS, path, PROTOCOL, network_us=NETWORK_US)
+    assert stopped.measured + resumed.measured == whole.measured
+    assert table == wanted
+    assert not journal(path).exists()
+
+
+# ---- a machine whose speed changes
+
+
+def test_rows_of_a_machine_that_gets_slower_are_those_of_a_steady_one_at_its_median_pace(
+    path: Path,
+) -> None:
+    """By 2 % with every block, 15 blocks: the eighth has the median pace."""
+    protocol = replace(PROTOCOL, max_rounds=PROTOCOL.rounds)
+    steady = build_rows(Watched(), OPS, path, protocol, network_us=NETWORK_US)
+    other = path.with_name("slower.parquet")
+    slower = build_rows(Noisy({}, drift=0.02), OPS, other, protocol, network_us=NETWORK_US)
+    assert slower.pace_us == pytest.approx(1 + 7 * 0.02)
+    for key, row in slower.rows.items():
+        wanted = steady.rows[key].scaled(slower.pace_us)
+        assert row.median_us == pytest.approx(wanted.median_us, abs=0.02)
+        assert row.high_us - row.low_us < 0.02, "at one pace, blocks of any speed are alike"
+        assert row.stable
+
+
+def test_rows_that_are_added_on_another_day_are_told_at_the_tables_pace(path: Path) -> None:
+    class Half(Noisy):
+        """The machine at half its speed."""
+
+        def prepare(self, model: onnx.ModelProto | Path) -> SimulatedSession:
+            session = super().prepare(model)
+            block = session.block
+            session.block = lambda protocol: 2.0 * block(protocol)  # type: ignore[method-assign]
+            return session
+
+    first = build_rows(Watched(), OPS[:2], path, PROTOCOL)
+    table = build_rows(Half({}), OPS, path, PROTOCOL)
+    whole = build_rows(Watched(), OPS, path.with_name("whole.parquet"), PROTOCOL)
+    assert table.pace_us == first.pace_us == 1.0
+    for key, row in whole.rows.items():
+        assert table.rows[key].median_us == pytest.approx(row.median_us, abs=JOURNALLED_US)
 
 
 # ---- interruption

@@ -327,9 +327,7 @@ def drifting(speed: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
     """Nine blocks of 30 noisy calls, times and paces multiplied by what `speed` says of a call."""
     rng = np.random.default_rng(5)
     factors = speed(np.linspace(0, 1, 9 * 30)).reshape(9, 30)
-    return [
-        np.column_stack([rng.normal(80, 2, 30) * factor, 40 * factor]) for factor in factors
-    ]
+    return [np.column_stack([rng.normal(80, 2, 30) * factor, 40 * factor]) for factor in factors]
 
 
 SPEEDS = {
