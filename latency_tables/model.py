@@ -112,6 +112,15 @@ class LatencyModel:
         guess = limit_ms * 1000 / (self.upper_ratio * self.usual_ratio) - self.offset_us
         return largest_within(self.upper_ms, limit_ms, guess, max(self.offset_us, limit_ms * 1000))
 
+    def at_pace(self, factor: float) -> "LatencyModel":
+        """The model for rows whose times were multiplied; it bounds the same observed latencies."""
+        return replace(
+            self,
+            per_op_us=factor * self.per_op_us,
+            offset_us=factor * self.offset_us,
+            upper_ratio=self.upper_ratio / factor,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The model as plain data."""
         return asdict(self)

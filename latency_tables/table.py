@@ -125,7 +125,9 @@ class LatencyTable:
         return ""
 
     def merge(self, other: "LatencyTable") -> "LatencyTable":
-        """Both tables' rows, `other`'s first; raises TableError where the conditions differ."""
+        """Both tables' rows, `other`'s first, and its models, at this table's pace; raises
+        TableError where the conditions differ.
+        """
         if difference := self.host.difference(other.host):
             raise TableError(f"The two tables were measured on different hosts ({difference}).")
         if difference := self.protocol_difference(other):
@@ -135,7 +137,7 @@ class LatencyTable:
             self.host,
             self.protocol,
             self.rows | {key: row.scaled(scale) for key, row in other.rows.items()},
-            self.models | other.models,
+            self.models | {name: model.at_pace(scale) for name, model in other.models.items()},
             self.chains | {key: row.scaled(scale) for key, row in other.chains.items()},
             self.pace_us,
             self.reports | other.reports,

@@ -23,7 +23,9 @@ from hwnas.scoring import train
 from hwnas.ship import retrain_finalists
 from hwnas.store import Run, open_run
 from hwnas.supernet.network import Supernet
+from latency_tables.boundaries import chain_key, probes, with_heads
 from latency_tables.model import LatencyModel, Quality
+from latency_tables.ops import OpSpec
 from latency_tables.table import LatencyTable, Row
 from profilers.build import Progress, quiet
 from profilers.simulated import op_us
@@ -47,18 +49,23 @@ class Stop:
                 raise KeyboardInterrupt
 
 
+def row_of(*ops: OpSpec) -> Row:
+    """What the device takes for a chain of ops, less its call."""
+    us = sum(map(op_us, ops))
+    texts = json.dumps([op.to_json() for op in ops])
+    return Row(chain_key(ops), texts, ops[-1].precision.name, *[us] * 5, 0.0, 50, True)
+
+
 def job_in(folder: Path, progress: Progress = quiet, **fields: Any) -> Job:
     """With a table of every row, so that nothing is measured."""
     request = {"space": SPACE, "device": "simulated", "recipe": "smoke", **fields}
     job = Job(Request(tables=folder / "tables", run=folder / "run", **request), progress)
     if not job.table_path.exists():
-        us = {op: op_us(op) for op in job.space.lattice.ops}
-        rows = {
-            op.key: Row(op.key, op.to_json(), op.precision.name, u, u, u, 0.0, 50, True)
-            for op, u in us.items()
-        }
-        protocol = job.recipe.protocol.to_dict()
-        table = LatencyTable(job.profiler.host(), protocol, rows, {job.model_name: MODEL})
+        ops = job.space.lattice.ops
+        rows = {op.key: row_of(op) for op in ops}
+        chains = {chain_key(chain): row_of(*chain) for chain in with_heads(probes(ops).values())}
+        host, protocol = job.profiler.host(), job.recipe.protocol.to_dict()
+        table = LatencyTable(host, protocol, rows, {job.model_name: MODEL}, chains)
         table.save(job.table_path)
     return job
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import hwnas.calibration
 import hwnas.job
 from hwnas.costs.feasible import reachable
 from hwnas.costs.population import genes_of
@@ -24,6 +25,7 @@ from hwnas.loop import limits_name
 from hwnas.recipes import RECIPES, recipe
 from hwnas.spaces.base import Architecture
 from hwnas.store import RUN_TABLE, Run, RunConfig, open_run
+from latency_tables.boundaries import chain_key, probes, with_heads
 from latency_tables.model import LatencyModel, Quality
 from latency_tables.ops import COUNTS, OpSpec, peak_activation_bytes
 from latency_tables.table import LatencyTable, Row
@@ -41,16 +43,20 @@ def job_in(folder: Path, **fields: Any) -> Job:
     return Job(Request(tables=folder / "tables", **request))
 
 
-def row_of(op: OpSpec) -> Row:
-    us = op_us(op)
-    return Row(op.key, op.to_json(), op.precision.name, us, us, us, 0.0, 50, True)
+def row_of(*ops: OpSpec) -> Row:
+    """What the device takes for a chain of ops: its call, and each op."""
+    us = CALL_US + sum(map(op_us, ops))
+    texts = json.dumps([op.to_json() for op in ops])
+    return Row(chain_key(ops), texts, ops[-1].precision.name, *[us] * 5, 0.0, 50, True)
 
 
 def table_of(job: Job, model: LatencyModel = MODEL) -> LatencyTable:
-    """A table of the job's condition with every row of its space."""
-    rows = {op.key: row_of(op) for op in job.space.lattice.ops}
+    """A table of the job's condition with all that it takes to price its space."""
+    ops = job.space.lattice.ops
+    rows = {op.key: row_of(op) for op in ops}
+    chains = {chain_key(chain): row_of(*chain) for chain in with_heads(probes(ops).values())}
     host, protocol = job.profiler.host(), job.recipe.protocol.to_dict()
-    return LatencyTable(host, protocol, rows, {job.model_name: model})
+    return LatencyTable(host, protocol, rows, {job.model_name: model}, chains)
 
 
 def some(job: Job, count: int, seed: int = 0) -> list[Architecture]:
@@ -75,6 +81,7 @@ def unmeasured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
 
     monkeypatch.setattr(hwnas.job, "build_rows", refuse)
     monkeypatch.setattr(hwnas.job, "measure_models", refuse)
+    monkeypatch.setattr(hwnas.calibration, "measure_models", refuse)
     return job_in(tmp_path)
 
 
@@ -525,7 +532,10 @@ def test_the_plan_tells_what_is_missing_and_what_two_networks_take(unmeasured: J
     """The two are the smallest and the largest by MACs; the simulated device has no noise."""
     found = plan(unmeasured)
     ops = unmeasured.space.lattice.ops
-    assert (found.rows, found.missing, found.networks) == (len(ops), len(ops), 39)
+    chains = with_heads(probes(ops).values())
+    assert len(chains) > 5
+    missing = len(ops) + len(chains)
+    assert (found.rows, found.missing, found.networks) == (len(ops), missing, 39)
     ends = reachable(unmeasured.space, unmeasured.cost("macs"))
     expected = tuple(
         (CALL_US + sum(map(op_us, unmeasured.space.lower(a)))) / 1000
@@ -588,9 +598,11 @@ def test_networks_that_were_timed_before_an_interruption_are_not_timed_again(
     # the device has no noise and its cost is a sum: the calibration finds it again
     for architecture in some(again, 10):
         ops = again.space.lower(architecture)
-        additive = sum(again.model.op_cost_us(op.precision.name, op_us(op) + CALL_US) for op in ops)
+        inside = [(op.precision.name, op_us(op)) for op in ops]
+        inside[0] = (inside[0][0], inside[0][1] + CALL_US)
+        additive = sum(again.model.op_cost_us(name, us) for name, us in inside)
         expected = (CALL_US + sum(map(op_us, ops))) / 1000
-        assert again.model.predict_ms(additive) == pytest.approx(expected, rel=1e-2)
+        assert again.model.predict_ms(additive) == pytest.approx(expected, rel=1e-4)
     assert table.rows.keys() == {op.key for op in again.space.lattice.ops}
     assert again.model.quality.networks == 8
 

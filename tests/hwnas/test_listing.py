@@ -117,7 +117,7 @@ HOST = Host("cpu", "onnxruntime", "1.23", "a processor", "avx2", threads=2, batc
 
 def table_of(count: int, unstable: int = 0) -> LatencyTable:
     rows = [
-        Row(f"op {n}", "{}", "fp32", 5.0 + n, 4.0, 6.0, 0.01, 50, n >= unstable)
+        Row(f"op {n}", "[0]", "fp32", 5.0 + n, 5.0, 6.0 + n, 4.0, 6.0, 0.01, 50, n >= unstable)
         for n in range(count)
     ]
     return LatencyTable(HOST, {"rounds": 5}, {row.key: row for row in rows}, {"a space": MODEL})

@@ -1,7 +1,7 @@
 """What a table predicts for one network: against sums by hand, and for files that are not ours."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ from hwnas.predict import (
 from hwnas.spaces.base import Architecture
 from hwnas.spaces.mobile import mobile_tiny
 from hwnas.store import RUN_TABLE, open_run
+from latency_tables.boundaries import chain_key, probes, with_heads
 from latency_tables.model import LatencyModel, Quality
 from latency_tables.ops import OpSpec
 from latency_tables.table import LatencyTable, Row
 from profilers.graphs import OPS_METADATA, emit, random_parameters
 from profilers.modules import Network
-from profilers.simulated import op_us
+from profilers.simulated import CALL_US, op_us
 from quant.errors import InvalidInput, TableError
 
 SPACE = str(Path(__file__).parents[2] / "examples" / "own_space.py") + ":space"
@@ -43,16 +44,25 @@ def job_in(folder: Path, **fields: Any) -> Job:
     )
 
 
-def row_of(op: OpSpec) -> Row:
-    us = op_us(op)
-    return Row(op.key, op.to_json(), op.precision.name, us, us, us, 0.0, 50, True)
+def row_of(*ops: OpSpec) -> Row:
+    """What the device takes for a chain of ops: its call, and each op."""
+    us = CALL_US + sum(map(op_us, ops))
+    texts = json.dumps([op.to_json() for op in ops])
+    return Row(chain_key(ops), texts, ops[-1].precision.name, *[us] * 5, 0.0, 50, True)
 
 
 def table_of(job: Job, **models: LatencyModel) -> LatencyTable:
     """A table of the job's condition with every row of its space; models by name, ours if none."""
-    rows = {op.key: row_of(op) for op in job.space.lattice.ops}
-    named = models or {job.model_name: MODEL}
-    return LatencyTable(job.profiler.host(), job.recipe.protocol.to_dict(), rows, dict(named))
+    ops = job.space.lattice.ops
+    rows = {op.key: row_of(op) for op in ops}
+    chains = {chain_key(chain): row_of(*chain) for chain in with_heads(probes(ops).values())}
+    named = dict(models or {job.model_name: MODEL})
+    return LatencyTable(job.profiler.host(), job.recipe.protocol.to_dict(), rows, named, chains)
+
+
+def inside_us(ops: Sequence[OpSpec]) -> list[float]:
+    """What ops cost inside a network of this device: the call is the first one's."""
+    return [op_us(op) + (0.0 if place else CALL_US) for place, op in enumerate(ops)]
 
 
 def architectures(job: Job, count: int) -> list[Architecture]:
@@ -86,9 +96,10 @@ def test_a_prediction_is_the_sum_of_its_ops_by_hand(job: Job) -> None:
     for architecture in architectures(job, 20):
         ops = job.space.lower(architecture)
         found = predict(ops, job.table, job.model_name, "here")
-        each = [MODEL.scales[op.precision.name] * op_us(op) + 1.5 for op in ops]
+        priced = zip(ops, inside_us(ops), strict=True)
+        each = [MODEL.scales[op.precision.name] * us + 1.5 for op, us in priced]
         assert [op.key for op in found.ops] == [op.key for op in ops]
-        assert [op.row_us for op in found.ops] == [op_us(op) for op in ops]
+        assert [op.row_us for op in found.ops] == [op_us(op) + CALL_US for op in ops]
         np.testing.assert_allclose([op.cost_us for op in found.ops], each, rtol=1e-12)
         assert found.latency_ms == pytest.approx((12.7 + sum(each)) / 1000, rel=1e-12)
         assert found.upper_latency_ms == pytest.approx(1.073 * found.latency_ms, rel=1e-12)
@@ -185,7 +196,7 @@ def test_a_file_outside_a_run_needs_a_choice_between_two_models(
         predict_file(path, job, None, None)
     named = predict_file(path, job, None, "other")
     assert named.calibration == "other"
-    assert named.latency_ms == pytest.approx((1 + 3 * sum(map(op_us, ops))) / 1000)
+    assert named.latency_ms == pytest.approx((1 + 3 * sum(inside_us(ops))) / 1000)
 
 
 def test_a_file_in_a_run_is_predicted_by_the_runs_own_table_and_model(
@@ -200,7 +211,7 @@ def test_a_file_in_a_run_is_predicted_by_the_runs_own_table_and_model(
 
     def seen(table: Path | None = None) -> tuple[str, float, str]:
         found = predict_file(path, in_run, table, None)
-        factor = (1000 * found.latency_ms - 1.0) / sum(map(op_us, ops))
+        factor = (1000 * found.latency_ms - 1.0) / sum(inside_us(ops))
         return found.table, round(factor, 6), found.calibration
 
     # the run has no copy yet: the folder's table, and of its two models that of the run's space

@@ -19,6 +19,7 @@ from latency_tables.model import (
     MeasuredNetwork,
     Quality,
     calibrate,
+    quality_of,
 )
 
 NO_QUALITY = Quality(0, 0, 0, 0, 0, 0, 0, 0)
@@ -41,7 +42,8 @@ def _networks(
         names = rng.choice(list(scales), rng.integers(8, 25))
         rows = tuple((str(name), float(rng.uniform(5, 200))) for name in names)
         latency = offset + sum(scales[name] * us + per_op for name, us in rows)
-        networks.append(MeasuredNetwork(rows, float(latency * np.exp(noise * rng.normal()))))
+        noisy = float(latency * np.exp(noise * rng.normal()))
+        networks.append(MeasuredNetwork(rows, noisy, noisy))
     return networks
 
 
@@ -110,8 +112,70 @@ def test_a_factor_does_not_leave_its_limits(scale: float, stays: float) -> None:
     model = calibrate(*parts)
     assert 0.2 <= model.scales["fp32"] <= 2.0
     assert model.scales["fp32"] == pytest.approx(stays, rel=1e-3)
-    assert -20 <= model.per_op_us <= 20
-    assert 0 <= model.offset_us <= 20
+    most = max(20.0, min(network.latency_us for network in parts[0]) / 10)
+    assert (most > 20) is (scale > 1), "both sizes of networks take part"
+    assert -most <= model.per_op_us <= most
+    assert 0 <= model.offset_us <= most
+
+
+@pytest.mark.parametrize("cost", [30.0, 600.0])
+@pytest.mark.parametrize("constant", ["per op", "offset"])
+def test_the_constants_stay_within_20_us_or_a_tenth_of_the_fastest_network(
+    cost: float, constant: str
+) -> None:
+    """Networks that cost far more per op, or at once, than their rows and the limits tell."""
+    rng = np.random.default_rng(0)
+    first, each = (cost, 3 * cost) if constant == "per op" else (1.3 * cost, 0.01 * cost)
+    networks = []
+    for count in [1, 2, *rng.integers(1, 9, 60).tolist()]:
+        rows = tuple(("fp32", float(us)) for us in cost * rng.uniform(1, 1.002, count))
+        latency = first + (count - 1) * each
+        networks.append(MeasuredNetwork(rows, latency, latency))
+    most = max(20.0, first / 10)
+    model = calibrate(networks[:40], networks[40:50], networks[50:])
+    assert abs(model.per_op_us) <= most * (1 + 1e-9)
+    assert 0 <= model.offset_us <= most * (1 + 1e-9)
+    assert max(abs(model.per_op_us), model.offset_us) == pytest.approx(most, rel=1e-3)
+
+
+def test_errors_are_at_the_tables_pace_and_the_bound_is_as_observed() -> None:
+    """A machine that is quick in half of its networks, by 5 %, and slow in the others, by 20 %."""
+    fit, bound, test = (_networks(count, seed=seed) for seed, count in enumerate((40, 99, 50)))
+
+    def observed(networks: list[MeasuredNetwork]) -> list[MeasuredNetwork]:
+        rng = np.random.default_rng(len(networks))
+        speeds = rng.permutation(np.resize([0.95, 1.2], len(networks))).tolist()
+        return [
+            replace(network, observed_us=speed * network.latency_us)
+            for network, speed in zip(networks, speeds, strict=True)
+        ]
+
+    model = calibrate(observed(fit), observed(bound), observed(test))
+    steady = calibrate(fit, bound, test)
+    assert model.scales == steady.scales == pytest.approx(SCALES, rel=1e-6)
+    assert (model.per_op_us, model.offset_us) == (steady.per_op_us, steady.offset_us)
+    assert model.upper_ratio == pytest.approx(1.2, rel=1e-6)
+    assert steady.upper_ratio == pytest.approx(1.0, rel=1e-6)
+    assert model.quality.worst_error < 1e-6
+    assert model.quality.within_5 == 1.0
+    assert model.quality.tau == pytest.approx(1.0)
+    below = replace(model, upper_ratio=1.1)
+    assert quality_of(below, observed(test)).coverage == 0.5
+    assert quality_of(below, test).coverage == 1.0
+    assert quality_of(below, observed(test)).mean_error == model.quality.mean_error
+
+
+def test_a_model_at_another_pace_predicts_in_proportion_and_bounds_the_same() -> None:
+    model = calibrate(*(_networks(30, seed=seed, noise=0.05) for seed in range(3)))
+    moved = model.at_pace(1.25)
+    for network in _networks(10, seed=9):
+        slower = replace(network, rows=tuple((name, 1.25 * us) for name, us in network.rows))
+        before, after = _additive(model, network), _additive(moved, slower)
+        assert moved.predict_ms(after) == pytest.approx(1.25 * model.predict_ms(before))
+        assert moved.upper_ms(after) == pytest.approx(model.upper_ms(before))
+    assert (moved.scales, moved.coverage, moved.quality) == (
+        model.scales, model.coverage, model.quality,
+    )  # fmt: skip
 
 
 def test_the_quality_is_that_of_the_test_networks_written_out() -> None:

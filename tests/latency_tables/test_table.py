@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwnas.spaces.blocks import inverted_residual
+from latency_tables.boundaries import chain_key
 from latency_tables.host import Host
 from latency_tables.model import LatencyModel, Quality
 from latency_tables.ops import OpSpec, Tensor
@@ -41,18 +42,23 @@ MODEL = LatencyModel(
 )
 
 
+REPORT = {"networks": 3, "mean_error": 0.1, "names": ["a", "b"]}
+
+
 def _op(kernel: int = 3, channels: int = 8, precision: str = "fp32") -> OpSpec:
     return inverted_residual(
         Tensor(8, 12, 12), channels, kernel=kernel, expansion=3, precision=Precision(precision)
     )
 
 
-def _row(op: OpSpec, median_us: float = 12.5) -> Row:
+def _row(*ops: OpSpec, median_us: float = 12.5) -> Row:
     return Row(
-        key=op.key,
-        op=op.to_json(),
-        precision=op.precision.name,
+        key=chain_key(ops),
+        ops=json.dumps([op.to_json() for op in ops]),
+        precision=ops[-1].precision.name,
         median_us=median_us,
+        low_us=median_us * 0.98,
+        high_us=median_us * 1.01,
         min_us=median_us * 0.9,
         p95_us=median_us * 1.2,
         spread=0.01,
@@ -62,8 +68,11 @@ def _row(op: OpSpec, median_us: float = 12.5) -> Row:
 
 
 def _table(*ops: OpSpec, host: Host = HOST) -> LatencyTable:
-    rows = {op.key: _row(op, 10.0 + i) for i, op in enumerate(ops)}
-    return LatencyTable(host, dict(PROTOCOL), rows, {"mobile": MODEL})
+    """Rows of the ops, and of the chain of the first and each other that follows it."""
+    rows = {op.key: _row(op, median_us=10.0 + i) for i, op in enumerate(ops)}
+    pairs = [(ops[0], op) for op in ops[1:] if op.inputs == (ops[0].output,)]
+    chains = {chain_key(pair): _row(*pair, median_us=18.0 + i) for i, pair in enumerate(pairs)}
+    return LatencyTable(host, dict(PROTOCOL), rows, {"mobile": MODEL}, chains, 42.5, {"m": REPORT})
 
 
 def _rewrite(path: Path, change: dict[str, Any]) -> None:
@@ -77,12 +86,25 @@ def _rewrite(path: Path, change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["median_us", "min_us", "p95_us"])
+@pytest.mark.parametrize("name", ["median_us", "low_us", "high_us", "min_us", "p95_us"])
 def test_a_row_that_is_no_time_is_refused_by_its_key(name: str, value: float) -> None:
     with pytest.raises(TableError) as caught:
         replace(_row(_op()), **{name: value})
     assert _op().key in str(caught.value)
     assert f"{name} = {value}" in str(caught.value)
+
+
+def test_a_row_tells_its_ops_again() -> None:
+    assert _row(_op(3)).chain == (_op(3),)
+    assert _row(_op(3), _op(5), _op(3)).chain == (_op(3), _op(5), _op(3))
+
+
+def test_a_row_at_another_pace_has_all_its_times_multiplied_and_nothing_else() -> None:
+    row, slower = _row(_op()), _row(_op()).scaled(4.0)
+    times = ("median_us", "low_us", "high_us", "min_us", "p95_us")
+    for item in fields(Row):
+        before, after = getattr(row, item.name), getattr(slower, item.name)
+        assert after == (4 * before if item.name in times else before)
 
 
 # ---- save and load
@@ -97,9 +119,13 @@ times = st.floats(min_value=1e-6, max_value=1e9)
         st.builds(
             Row,
             key=st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
-            op=st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+            ops=st.lists(
+                st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=3
+            ).map(json.dumps),
             precision=st.sampled_from(["fp32", "w8a8"]),
             median_us=times,
+            low_us=times,
+            high_us=times,
             min_us=times,
             p95_us=times,
             spread=st.floats(0, 10),
@@ -110,12 +136,23 @@ times = st.floats(min_value=1e-6, max_value=1e9)
         unique_by=lambda row: row.key,
     ),
     models=st.dictionaries(st.text("ab-", max_size=3), st.just(MODEL), max_size=2),
+    pace_us=times,
+    reports=st.dictionaries(st.text("ab-", max_size=3), st.just(REPORT), max_size=2),
 )
 def test_a_saved_table_loads_as_it_was(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[Row], models: dict[str, LatencyModel]
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[Row],
+    models: dict[str, LatencyModel],
+    pace_us: float,
+    reports: dict[str, dict[str, Any]],
 ) -> None:
+    """What holds one op is a row, what holds several a chain."""
     path = tmp_path_factory.mktemp("table") / "t.parquet"
-    table = LatencyTable(HOST, dict(PROTOCOL), {row.key: row for row in rows}, models)
+    alone, chains = (
+        {row.key: row for row in rows if (len(json.loads(row.ops)) == 1) is single}
+        for single in (True, False)
+    )
+    table = LatencyTable(HOST, dict(PROTOCOL), alone, models, chains, pace_us, reports)
     table.save(path)
     assert LatencyTable.load(path) == table
     assert [p.name for p in path.parent.iterdir()] == ["t.parquet"]
@@ -132,9 +169,24 @@ def test_a_loaded_model_computes_as_before_saving(tmp_path: Path) -> None:
 def test_any_parquet_reader_sees_the_rows(tmp_path: Path) -> None:
     table = _table(_op(3), _op(5))
     table.save(tmp_path / "t.parquet")
+    assert len(table.chains) == 1
     assert pq.read_table(tmp_path / "t.parquet").to_pylist() == [
-        asdict(row) for row in table.rows.values()
+        asdict(row) for row in (*table.rows.values(), *table.chains.values())
     ]
+
+
+def test_the_file_is_of_version_two_and_a_loaded_table_prices_as_before(tmp_path: Path) -> None:
+    path, ops = tmp_path / "t.parquet", [_op(3), _op(5), _op(7)]
+    table = _table(*ops)
+    table.save(path)
+    meta = json.loads(pq.read_table(path).schema.metadata[b"hwnas"])
+    assert meta["format_version"] == FORMAT_VERSION == 2
+    assert (meta["pace_us"], meta["reports"]) == (42.5, {"m": REPORT})
+    loaded = LatencyTable.load(path)
+    assert (loaded.pace_us, loaded.reports) == (42.5, {"m": REPORT})
+    assert set(loaded.chains) == {chain_key((ops[0], op)) for op in ops[1:]}
+    assert loaded.savings_us() == table.savings_us() != {}
+    assert loaded.in_network_us(ops) == table.in_network_us(ops)
 
 
 def test_columns_that_another_program_added_do_not_disturb(tmp_path: Path) -> None:
@@ -156,7 +208,7 @@ def test_a_stored_row_that_is_no_time_is_refused_with_file_and_key(
     _table(_op(3), _op(5)).save(path)
     data = pq.read_table(path)
     index = data.column_names.index("median_us")
-    pq.write_table(data.set_column(index, "median_us", pa.array([10.0, value])), path)
+    pq.write_table(data.set_column(index, "median_us", pa.array([10.0, value, 18.0])), path)
     with pytest.raises(TableError) as caught:
         LatencyTable.load(path)
     message = str(caught.value)
@@ -205,7 +257,7 @@ def test_empty_cells_are_refused(name: str, tmp_path: Path) -> None:
     _table(_op(3), _op(5)).save(path)
     data = pq.read_table(path)
     index, column = data.column_names.index(name), data[name]
-    emptied = pa.array([column[0].as_py(), None], column.type)
+    emptied = pa.array([column[0].as_py(), None, column[2].as_py()], column.type)
     pq.write_table(data.set_column(index, name, emptied), path)
     with pytest.raises(TableError, match=r"t\.parquet.* has empty cells"):
         LatencyTable.load(path)
@@ -241,6 +293,8 @@ def test_another_format_version_is_refused_with_both_versions(
         {"models": {"mobile": {"scales": {}}}},
         {"models": {"mobile": MODEL.to_dict() | {"quality": {}}}},
         {"models": []},
+        {"pace_us": None},
+        {"pace_us": "slow"},
         {"models": {"mobile": "good"}},
     ],
     ids=lambda change: json.dumps(change)[:40],
@@ -274,9 +328,47 @@ def test_merging_keeps_the_rows_of_both_and_prefers_the_others(tmp_path: Path) -
     merged = ours.merge(theirs)
     assert merged.rows == ours.rows | theirs.rows
     assert merged.rows[_op(5).key].median_us == 10.0 != ours.rows[_op(5).key].median_us
+    assert merged.chains == ours.chains | theirs.chains
     assert set(merged.models) == {"mobile", "tiny"}
     assert (merged.host, merged.protocol) == (ours.host, ours.protocol)
+    assert (merged.pace_us, merged.reports) == (42.5, {"m": REPORT})
     assert len(ours.rows) == len(theirs.rows) == 2
+
+
+def test_merging_tells_the_others_times_at_our_pace() -> None:
+    """On a machine of twice the speed every row took half as long."""
+    ours, theirs = _table(_op(3), _op(5)), _table(_op(5), _op(7))
+    theirs.pace_us = ours.pace_us / 2
+    theirs.reports = {"theirs": REPORT}
+    merged = ours.merge(theirs)
+    assert merged.pace_us == ours.pace_us
+    assert merged.rows[_op(3).key] == ours.rows[_op(3).key]
+    for key, row in theirs.rows.items():
+        assert merged.rows[key] == row.scaled(2.0)
+    (ours_only,), (theirs_only,) = ours.chains, theirs.chains
+    assert merged.chains[ours_only] == ours.chains[ours_only]
+    assert merged.chains[theirs_only] == theirs.chains[theirs_only].scaled(2.0)
+    assert set(merged.reports) == {"m", "theirs"}
+
+
+def test_a_model_that_came_from_another_pace_bounds_the_same_latencies() -> None:
+    """What a user waits was observed there; only the rows under the model are told anew."""
+    ours, theirs = _table(_op(3)), _table(_op(5), _op(7))
+    theirs.pace_us, theirs.models = ours.pace_us / 2, {"theirs": MODEL}
+    merged = ours.merge(theirs)
+    ops = [_op(5), _op(7)]
+
+    def told(table: LatencyTable) -> tuple[float, float]:
+        model = table.models["theirs"]
+        additive = sum(model.op_cost_us("fp32", us) for us in table.in_network_us(ops))
+        return model.predict_ms(additive), model.upper_ms(additive)
+
+    (before, bound_before), (after, bound_after) = told(theirs), told(merged)
+    assert after == pytest.approx(2 * before, rel=1e-12), "at our slower pace"
+    assert bound_after == pytest.approx(bound_before, rel=1e-12)
+    assert merged.models["mobile"] == MODEL
+    assert merged.models["theirs"].quality == MODEL.quality
+    assert merged.models["theirs"].coverage == MODEL.coverage
 
 
 CONDITIONS = {
@@ -308,9 +400,16 @@ def test_every_field_of_a_host_is_a_condition_but_hostname_and_governor() -> Non
 
 
 def test_rows_of_another_protocol_are_not_merged() -> None:
+    """The field that differs is named, also where one of the two lacks it."""
     other = _table(_op(5))
     other.protocol["blocks"] = 6
-    with pytest.raises(TableError, match=r"different protocols .*'blocks': 5.*'blocks': 6"):
+    with pytest.raises(TableError, match=r"different protocols \(blocks: 5 against 6\)"):
+        _table(_op(3)).merge(other)
+    del other.protocol["blocks"]
+    with pytest.raises(TableError, match=r"\(blocks: 5 against None\)"):
+        _table(_op(3)).merge(other)
+    other.protocol |= {"blocks": 5, "tolerance": 0.1}
+    with pytest.raises(TableError, match=r"\(tolerance: None against 0\.1\)"):
         _table(_op(3)).merge(other)
 
 

@@ -6,13 +6,14 @@ The simulated device states what each row must be; one small build runs on ONNX 
 import errno
 import itertools
 import json
+import math
 import os
 import pickle
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -22,6 +23,7 @@ import onnx
 import pytest
 
 from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
+from latency_tables.boundaries import chain_key
 from latency_tables.host import Host
 from latency_tables.ops import OpSpec, Tensor
 from latency_tables.table import LatencyTable
@@ -31,6 +33,7 @@ from profilers.build import (
     forget,
     measure_models,
     minutes,
+    missing_chains,
     open_table,
     row_model,
     table_lock,
@@ -77,21 +80,21 @@ class Watched(SimulatedProfiler):
         self.checked: list[str] = []
         self.open_sessions = 0
 
-    def prepare(self, model: onnx.ModelProto) -> SimulatedSession:
-        return WatchedSession(model, self)
+    def prepare(self, model: onnx.ModelProto | Path) -> SimulatedSession:
+        return WatchedSession(onnx.load(model) if isinstance(model, Path) else model, self)
 
     def check(self, model: onnx.ModelProto) -> None:
-        (op,) = read_ops(model)
-        if op.key in self.wrong:
-            raise WrongKernels(op.key)
-        self.checked.append(op.key)
+        key = chain_key(read_ops(model))
+        if key in self.wrong:
+            raise WrongKernels(key)
+        self.checked.append(key)
 
 
 class WatchedSession(SimulatedSession):
     def __init__(self, model: onnx.ModelProto, profiler: Watched) -> None:
         super().__init__(model, profiler.batch)
         self.profiler = profiler
-        self.key = read_ops(model)[0].key
+        self.key = chain_key(read_ops(model))
         profiler.open_sessions += 1
         assert profiler.open_sessions == 1, "one session at a time"
 
@@ -136,6 +139,11 @@ def journal(path: Path) -> Path:
     return path.with_suffix(".journal")
 
 
+def turns(measured: Sequence[str], size: int = len(OPS)) -> list[list[str]]:
+    """What was measured, cut into turns of so many."""
+    return [list(measured[start : start + size]) for start in range(0, len(measured), size)]
+
+
 # ---- rows
 
 
@@ -146,9 +154,11 @@ def test_rows_hold_what_was_measured(path: Path) -> None:
         row = table.lookup(op)
         wanted = pytest.approx(CALL_US + op_us(op), abs=JOURNALLED_US)
         assert row.median_us == row.min_us == row.p95_us == wanted
+        assert row.low_us == row.high_us == wanted
         assert (row.spread, row.stable, row.runs) == (0.0, True, 3 * 4)
         assert row.precision == op.precision.name
-        assert OpSpec.from_json(row.op) == op
+        assert row.chain == (op,)
+    assert table.pace_us == 1.0, "the simulated device's"
 
 
 def test_the_table_on_disk_is_the_one_returned(path: Path) -> None:
@@ -180,7 +190,25 @@ def test_blocks_are_taken_in_rounds_over_all_rows(path: Path) -> None:
     """So that a drift of the machine hits all rows alike."""
     profiler = Watched()
     build_rows(profiler, OPS, path, PROTOCOL)
-    assert profiler.measured == [op.key for op in OPS] * PROTOCOL.rounds
+    keys = sorted(op.key for op in OPS)
+    assert [sorted(turn) for turn in turns(profiler.measured)] == [keys] * PROTOCOL.rounds
+
+
+def test_every_round_has_an_order_of_its_own(path: Path) -> None:
+    """So that a drift within the rounds hits other rows in each; the same in every build."""
+    ops = [conv(channels) for channels in range(4, 16)]
+    protocol = replace(PROTOCOL, rounds=6, min_runs=1)
+    profiler, again = Watched(), Watched()
+    build_rows(profiler, ops, path, protocol)
+    build_rows(again, ops[::-1], path.with_name("again.parquet"), protocol)
+    orders = turns(profiler.measured, len(ops))
+    assert len(orders) == 6
+    assert len({tuple(order) for order in orders}) == 6
+    assert sorted(op.key for op in ops) not in orders
+    places = np.array([[order.index(op.key) for op in ops] for order in orders])
+    assert len(set(places.T.ravel().tolist())) == len(ops)
+    assert (np.ptp(places, axis=0) > 2).all(), "no row is always early, or always late"
+    assert again.measured == profiler.measured
 
 
 def test_progress_counts_up_to_all_of_it(path: Path) -> None:
@@ -202,12 +230,262 @@ def test_an_op_in_wrong_kernels_stops_the_build_before_anything_is_timed(path: P
 
 def test_the_graph_of_a_row_depends_on_its_op_alone() -> None:
     profiler = SimulatedProfiler()
-    first, again = (row_model(op, profiler) for op in (OPS[0], OpSpec.from_json(OPS[0].to_json())))
+    first, again = (
+        row_model((op,), profiler) for op in (OPS[0], OpSpec.from_json(OPS[0].to_json()))
+    )
     assert first.SerializeToString() == again.SerializeToString()
     assert read_ops(first) == [OPS[0]]
-    constants = [row_model(op, profiler).graph.initializer for op in OPS]
+    constants = [row_model((op,), profiler).graph.initializer for op in OPS]
     weights = [max((item.raw_data for item in each), key=len)[:64] for each in constants]
     assert len(set(weights)) == len(OPS), "each op has random numbers of its own"
+
+
+# ---- chains
+
+CHAINED = [
+    conv(8),
+    inverted_residual(conv(8).output, 8, kernel=3, expansion=2, precision=W8A8),
+    inverted_residual(conv(8).output, 8, kernel=3, expansion=2, precision=FP32),
+    conv_norm_activation(
+        Tensor(8, 7, 7, Format.parse("a8")), 12, kernel=1, precision=FP32
+    ),
+    classifier(Tensor(12, 7, 7, Format.parse("fp32+")), 8, 4, precision=W8A8),
+]  # fmt: skip
+"""Positions of a network; codes come out of a residual block alone, whose producer is the stem."""
+
+
+def test_the_chains_that_tell_what_boundaries_save_are_measured_with_the_rows(path: Path) -> None:
+    stem, coded, floating, after, last = CHAINED
+    profiler = Watched()
+    table = build_rows(profiler, CHAINED, path, PROTOCOL)
+    chains = [(stem, coded), (stem, floating), (stem, coded, after), (after, last)]
+    assert set(table.chains) == {chain_key(chain) for chain in chains}
+    assert list(table.rows) == [op.key for op in CHAINED]
+    keys = sorted([*table.rows, *table.chains])
+    orders = turns(profiler.measured, len(keys))
+    assert [sorted(turn) for turn in orders] == [keys] * PROTOCOL.rounds
+    for chain in chains:
+        row = table.chains[chain_key(chain)]
+        assert row.chain == chain
+        assert row.precision == chain[-1].precision.name
+        wanted = CALL_US + sum(map(op_us, chain))
+        assert row.median_us == pytest.approx(wanted, abs=JOURNALLED_US)
+    assert LatencyTable.load(path) == table
+
+
+def test_inside_a_network_of_the_simulated_device_only_the_first_op_pays_for_the_call(
+    path: Path,
+) -> None:
+    table = build_rows(SimulatedProfiler(), CHAINED, path, PROTOCOL)
+    saved = table.savings_us()
+    assert saved.keys() == {op.boundary for op in CHAINED[1:]}
+    assert list(saved.values()) == pytest.approx([CALL_US] * 4, abs=4 * JOURNALLED_US)
+    wanted = [op_us(op) + CALL_US * (place == 0) for place, op in enumerate(CHAINED)]
+    assert table.in_network_us(CHAINED) == pytest.approx(wanted, abs=5 * JOURNALLED_US)
+
+
+def test_only_boundaries_that_no_chain_crosses_yet_are_measured_later(path: Path) -> None:
+    stem, coded, floating, after, last = CHAINED
+    table = build_rows(Watched(), [after, last], path, PROTOCOL)
+    assert set(table.chains) == {chain_key((after, last))}
+    more = conv_norm_activation(after.output, 24, kernel=3, precision=W8A8)
+    assert more.boundary == last.boundary
+    second = Watched()
+    build_rows(second, [stem, after, last, more], path, PROTOCOL)
+    assert set(second.measured) == {stem.key, more.key}, "the boundary before `more` is known"
+    third = Watched()
+    table = build_rows(third, CHAINED, path, PROTOCOL)
+    assert set(third.measured) == {
+        coded.key, floating.key,
+        *map(chain_key, [(stem, coded), (stem, floating), (stem, coded, after)]),
+    }  # fmt: skip
+    assert missing_chains(table, CHAINED) == []
+
+
+def test_what_is_missing_is_ops_first_then_chains_each_behind_its_head(path: Path) -> None:
+    stem, coded, floating, after, last = CHAINED
+    table = open_table(Watched(), path, PROTOCOL)
+    missing = missing_chains(table, [*CHAINED, stem])
+    assert missing[:5] == [(op,) for op in CHAINED]
+    assert sorted(missing[5:], key=chain_key) == sorted(
+        [(stem, coded), (stem, floating), (stem, coded, after), (after, last)], key=chain_key
+    )
+    assert missing.index((stem, coded)) < missing.index((stem, coded, after))
+
+
+# ---- more rounds for noisy rows
+
+
+class Noisy(Watched):
+    """The simulated device where block n of a key in `noise` takes that many times its time.
+
+    `before` counts the blocks of earlier processes. `drift` is how much longer each further block
+    of any key takes than the first did, with its pace.
+    """
+
+    def __init__(
+        self,
+        noise: Mapping[str, Callable[[int], float]],
+        *,
+        patience: int | None = None,
+        before: Sequence[str] = (),
+        drift: float = 0.0,
+    ) -> None:
+        super().__init__(patience=patience)
+        self.noise = noise
+        self.count = Counter(before)
+        self.drift = drift
+
+    def prepare(self, model: onnx.ModelProto | Path) -> SimulatedSession:
+        return NoisySession(onnx.load(model) if isinstance(model, Path) else model, self)
+
+
+class NoisySession(WatchedSession):
+    profiler: Noisy
+
+    def _block(self, protocol: Protocol) -> Samples:
+        speed = 1 + self.profiler.drift * len(self.profiler.measured)
+        samples = super()._block(protocol)
+        number = self.profiler.count[self.key]
+        self.profiler.count[self.key] += 1
+        factor = self.profiler.noise.get(self.key, lambda _: 1.0)(number)
+        return samples * [speed * factor, speed]
+
+
+NOISY, CALMING = OPS[0].key, OPS[2].key
+SWINGS = {NOISY: lambda n: 1.5 if n % 2 else 1.0}
+CALMS_DOWN = {CALMING: lambda n: (1.0, 1.2, 0.8, 1.0)[min(n, 3)]}
+NETWORK_US = 100.0
+"""Its rows may be 0.4 us wide: the swings are some 4 us, other rows have no width."""
+
+
+def blocks_of(profiler: Watched) -> dict[str, int]:
+    return dict(Counter(profiler.measured))
+
+
+@pytest.mark.parametrize("most", [3, 4, 9])
+def test_a_row_that_stays_wide_is_measured_in_all_rounds_and_is_unstable(
+    path: Path, most: int
+) -> None:
+    protocol = replace(PROTOCOL, max_rounds=most, max_spread=10.0)
+    profiler = Noisy(SWINGS)
+    table = build_rows(profiler, OPS, path, protocol, network_us=NETWORK_US)
+    quiet = {op.key: PROTOCOL.rounds for op in OPS}
+    assert blocks_of(profiler) == quiet | {NOISY: most}
+    for key, row in table.rows.items():
+        assert row.stable is (key != NOISY)
+        assert row.runs == PROTOCOL.min_runs * (most if key == NOISY else PROTOCOL.rounds)
+    noisy = table.rows[NOISY]
+    us = CALL_US + op_us(OPS[0])
+    assert (noisy.low_us, noisy.high_us) == pytest.approx((us, 1.5 * us), abs=JOURNALLED_US)
+
+
+def test_a_row_is_measured_until_it_is_narrow_and_not_longer(path: Path) -> None:
+    """Blocks of 1, 1.2, 0.8, 1, 1, ...: with eight the interval leaves one out on each side."""
+    profiler = Noisy(CALMS_DOWN)
+    protocol = replace(PROTOCOL, max_rounds=15)
+    table = build_rows(profiler, OPS, path, protocol, network_us=NETWORK_US)
+    assert blocks_of(profiler) == {op.key: 3 for op in OPS} | {CALMING: 8}
+    assert all(row.stable for row in table.rows.values())
+
+
+def test_rows_are_wide_or_not_against_the_network(path: Path) -> None:
+    us = CALL_US + op_us(OPS[0])
+    for number, (network_us, rounds) in enumerate(
+        [
+            (math.inf, 3),
+            (1.01 * 0.5 * us / (2 * PROTOCOL.tolerance), 3),
+            (0.99 * 0.5 * us / (2 * PROTOCOL.tolerance), 15),
+        ]
+    ):
+        profiler = Noisy(SWINGS)
+        table = build_rows(
+            profiler, OPS, path.with_name(f"{number}.parquet"), PROTOCOL, network_us=network_us
+        )
+        assert blocks_of(profiler)[NOISY] == rounds
+        assert not table.rows[NOISY].stable, "its blocks are further apart than the protocol has it"
+
+
+def test_a_build_that_is_not_told_of_a_network_takes_the_rounds_alone(path: Path) -> None:
+    profiler = Noisy(SWINGS)
+    build_rows(profiler, OPS, path, PROTOCOL)
+    assert set(blocks_of(profiler).values()) == {PROTOCOL.rounds}
+
+
+def test_only_the_wide_rows_are_in_the_extra_rounds_each_in_an_order_of_its_own(
+    path: Path,
+) -> None:
+    ops = [conv(channels) for channels in range(4, 12)]
+    noisy = {op.key: SWINGS[NOISY] for op in ops[:6]}
+    profiler = Noisy(noisy)
+    told: list[tuple[str, int, int]] = []
+    build_rows(
+        profiler, ops, path, PROTOCOL, lambda *item: told.append(item), network_us=NETWORK_US
+    )
+    regular = len(ops) * PROTOCOL.rounds
+    extra = turns(profiler.measured[regular:], 6)
+    assert len(extra) == PROTOCOL.max_rounds - PROTOCOL.rounds
+    assert [sorted(turn) for turn in extra] == [sorted(noisy)] * len(extra)
+    assert len({tuple(turn) for turn in extra}) == len(extra)
+    again = [(done, of) for label, done, of in told if label == "timing noisy ops again"]
+    assert again == [(done, 6) for done in range(1, 7)] * len(extra)
+    assert [done for label, done, _ in told if label == "timing ops"] == [*range(1, regular + 1)]
+
+
+@pytest.mark.parametrize("blocks", [14, 15, 16, 18, 22])
+def test_an_interruption_in_the_extra_rounds_measures_nothing_twice(
+    path: Path, blocks: int
+) -> None:
+    noise = SWINGS | CALMS_DOWN
+    whole = Noisy(noise)
+    other = path.with_name("whole.parquet")
+    wanted = build_rows(whole, OPS, other, PROTOCOL, network_us=NETWORK_US)
+    stopped = Noisy(noise, patience=blocks)
+    with pytest.raises(KeyboardInterrupt):
+        build_rows(stopped, OPS, path, PROTOCOL, network_us=NETWORK_US)
+    assert len(stopped.measured) == blocks < len(whole.measured) == 15 + 12 + 5
+    resumed = Noisy(noise, before=stopped.measured)
+    table = build_rows(resumed, OPS, path, PROTOCOL, network_us=NETWORK_US)
+    assert stopped.measured + resumed.measured == whole.measured
+    assert table == wanted
+    assert not journal(path).exists()
+
+
+# ---- a machine whose speed changes
+
+
+def test_rows_of_a_machine_that_gets_slower_are_those_of_a_steady_one_at_its_median_pace(
+    path: Path,
+) -> None:
+    """By 2 % with every block, 15 blocks: the eighth has the median pace."""
+    protocol = replace(PROTOCOL, max_rounds=PROTOCOL.rounds)
+    steady = build_rows(Watched(), OPS, path, protocol, network_us=NETWORK_US)
+    other = path.with_name("slower.parquet")
+    slower = build_rows(Noisy({}, drift=0.02), OPS, other, protocol, network_us=NETWORK_US)
+    assert slower.pace_us == pytest.approx(1 + 7 * 0.02)
+    for key, row in slower.rows.items():
+        wanted = steady.rows[key].scaled(slower.pace_us)
+        assert row.median_us == pytest.approx(wanted.median_us, abs=0.02)
+        assert row.high_us - row.low_us < 0.02, "at one pace, blocks of any speed are alike"
+        assert row.stable
+
+
+def test_rows_that_are_added_on_another_day_are_told_at_the_tables_pace(path: Path) -> None:
+    class Half(Noisy):
+        """The machine at half its speed."""
+
+        def prepare(self, model: onnx.ModelProto | Path) -> SimulatedSession:
+            session = super().prepare(model)
+            block = session.block
+            session.block = lambda protocol: 2.0 * block(protocol)  # type: ignore[method-assign]
+            return session
+
+    first = build_rows(Watched(), OPS[:2], path, PROTOCOL)
+    table = build_rows(Half({}), OPS, path, PROTOCOL)
+    whole = build_rows(Watched(), OPS, path.with_name("whole.parquet"), PROTOCOL)
+    assert table.pace_us == first.pace_us == 1.0
+    for key, row in whole.rows.items():
+        assert table.rows[key].median_us == pytest.approx(row.median_us, abs=JOURNALLED_US)
 
 
 # ---- interruption
@@ -230,9 +508,11 @@ def test_a_build_can_be_interrupted_again_and_again(path: Path) -> None:
     measured: list[str] = []
     for blocks in (3, 2, 6):
         measured += interrupt(path, blocks).measured
-    last = Watched()
+    last, whole = Watched(), Watched()
     build_rows(last, OPS, path, PROTOCOL)
-    assert measured + last.measured == [op.key for op in OPS] * PROTOCOL.rounds
+    build_rows(whole, OPS, path.with_name("whole.parquet"), PROTOCOL)
+    assert measured + last.measured == whole.measured
+    assert len(whole.measured) == len(OPS) * PROTOCOL.rounds
 
 
 def test_an_interrupted_extension_leaves_the_table_as_it_was(path: Path) -> None:
@@ -244,22 +524,23 @@ def test_an_interrupted_extension_leaves_the_table_as_it_was(path: Path) -> None
 
 
 def test_ops_with_journalled_blocks_are_not_checked_again(path: Path) -> None:
-    interrupt(path, 2)
+    stopped = interrupt(path, 2)
     resumed = Watched()
     build_rows(resumed, OPS, path, PROTOCOL)
-    assert resumed.checked == [op.key for op in OPS[2:]]
+    assert resumed.checked == [op.key for op in OPS if op.key not in stopped.measured]
+    assert len(resumed.checked) == len(OPS) - 2
 
 
 @pytest.mark.parametrize("cut", [1, 10, 40])
 def test_a_last_line_that_was_cut_short_is_measured_again(path: Path, cut: int) -> None:
-    interrupt(path, 4)
+    stopped = interrupt(path, 4)
     text = journal(path).read_bytes()
     journal(path).write_bytes(text[:-cut])
     resumed = Watched()
     table = build_rows(resumed, OPS, path, PROTOCOL)
     assert len(resumed.measured) == len(OPS) * PROTOCOL.rounds - 3
-    assert resumed.measured[0] == OPS[3].key
-    assert table.lookup(OPS[3]).runs == 3 * 4
+    assert resumed.measured[0] == stopped.measured[3]
+    assert table.rows[stopped.measured[3]].runs == 3 * 4
 
 
 def test_a_cut_journal_can_be_interrupted_and_resumed_again(path: Path) -> None:
@@ -282,15 +563,16 @@ def test_a_journal_cut_inside_its_first_line_starts_anew(path: Path, kept: int) 
 
 
 def test_measured_samples_come_back_from_the_journal(path: Path) -> None:
-    interrupt(path, 2)
+    first, second = interrupt(path, 2).measured
     lines = [json.loads(line) for line in journal(path).read_text().splitlines()]
-    assert [key for key, _ in lines[1:]] == [op.key for op in OPS[:2]]
-    marked = [[123.0, 124.0, 125.0, 126.0] if i == 1 else s for i, (_, s) in enumerate(lines[1:])]
+    assert [key for key, _ in lines[1:]] == [first, second]
+    mark = [[us, 1.0] for us in (123.0, 124.0, 125.0, 126.0)]
+    marked = [mark if key == second else samples for key, samples in lines[1:]]
     text = [lines[0], *([key, s] for (key, _), s in zip(lines[1:], marked, strict=True))]
     journal(path).write_text("".join(json.dumps(item) + "\n" for item in text))
     table = build_rows(Watched(), OPS, path, PROTOCOL)
-    assert table.lookup(OPS[1]).p95_us > 120
-    assert table.lookup(OPS[0]).p95_us < 20
+    assert table.rows[second].p95_us > 120
+    assert table.rows[first].p95_us < 20
 
 
 def test_a_disk_that_is_full_for_one_line_loses_nothing_before_it(
@@ -302,7 +584,7 @@ def test_a_disk_that_is_full_for_one_line_loses_nothing_before_it(
     class Full(Watched):
         """The disk takes half a line more."""
 
-        def prepare(self, model: onnx.ModelProto) -> SimulatedSession:
+        def prepare(self, model: onnx.ModelProto | Path) -> SimulatedSession:
             with journal(path).open("ab") as file:
                 file.write(b'["half a')
             monkeypatch.setattr(Path, "open", refuse)
@@ -389,9 +671,9 @@ def test_a_table_of_another_condition_is_refused_and_kept(path: Path) -> None:
 
 
 def test_the_network_name_and_the_governor_are_recorded_but_not_compared(path: Path) -> None:
-    interrupt(path, 4)
-    elsewhere = Elsewhere()
-    build_rows(elsewhere, OPS[:4], path, PROTOCOL)
+    stopped = interrupt(path, 4)
+    elsewhere, asked = Elsewhere(), [op for op in OPS if op.key in stopped.measured]
+    build_rows(elsewhere, asked, path, PROTOCOL)
     assert len(elsewhere.measured) == 4 * PROTOCOL.rounds - 4
     assert len(build_rows(Watched(), OPS, path, PROTOCOL).rows) == len(OPS)
     assert LatencyTable.load(path).host.hostname == "elsewhere"
@@ -452,6 +734,11 @@ def write(ops: list[OpSpec], path: Path) -> Path:
     return path
 
 
+def measured(*asked: Any, **keywords: Any) -> list[list[list[list[float]]]]:
+    """What `measure_models` gives, as lists that compare."""
+    return [[block.tolist() for block in each] for each in measure_models(*asked, **keywords)]
+
+
 def networks(folder: Path, count: int) -> list[Path]:
     return [write(network(4 * (n + 1)), folder / f"{n}.onnx") for n in range(count)]
 
@@ -485,7 +772,7 @@ def quick(started: list[Seen], monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
 import json, os, sys
 job = json.load(sys.stdin)
 for path in job["models"]:
-    print([os.path.getsize(path)] * job["protocol"]["min_runs"], flush=True)
+    print([[os.path.getsize(path), 1.0]] * job["protocol"]["min_runs"], flush=True)
 """
     monkeypatch.setattr(Seen, "worker", ["-c", code])
     return started
@@ -496,7 +783,7 @@ def test_networks_are_measured_in_as_many_processes_as_asked_for(
 ) -> None:
     files = networks(tmp_path, 3)
     told: list[tuple[int, int]] = []
-    measured = measure_models(
+    found = measure_models(
         SimulatedProfiler(batch=2),
         files,
         PROTOCOL,
@@ -504,14 +791,26 @@ def test_networks_are_measured_in_as_many_processes_as_asked_for(
         processes=2,
     )
     assert told == [(done, 6) for done in (1, 2, 3, 4, 5, 6)]
-    assert [process.models for process in started] == [["0", "1", "2"]] * 2
+    assert [sorted(process.models) for process in started] == [["0", "1", "2"]] * 2
     assert all(process.returncode is not None for process in started)
-    for number, found in enumerate(measured):
+    for number, blocks in enumerate(found):
         wanted = CALL_US + 2 * sum(map(op_us, network(4 * (number + 1))))
-        assert found.median_us == pytest.approx(wanted, abs=JOURNALLED_US)
-        assert found.runs == 2 * PROTOCOL.min_runs
-        assert found.stable
+        assert [block.shape for block in blocks] == [(PROTOCOL.min_runs, 2)] * 2
+        for block in blocks:
+            assert block.tolist() == [[pytest.approx(wanted, abs=JOURNALLED_US), 1.0]] * len(block)
     assert sorted(file.name for file in tmp_path.iterdir()) == [f"{n}.onnx" for n in range(3)]
+
+
+def test_each_process_times_the_networks_in_an_order_of_its_own(
+    tmp_path: Path, quick: list[Seen]
+) -> None:
+    files = networks(tmp_path, 6)
+    for _ in range(2):
+        measure_models(SimulatedProfiler(), files, PROTOCOL, processes=5)
+    orders = [tuple(process.models) for process in quick]
+    assert orders[:5] == orders[5:]
+    assert len(set(orders)) == 5
+    assert {tuple(sorted(order)) for order in orders} == {tuple(map(str, range(6)))}
 
 
 def test_a_measuring_process_that_fails_is_one_line(tmp_path: Path) -> None:
@@ -537,8 +836,8 @@ def test_nothing_to_measure_is_nothing(quick: list[Seen]) -> None:
 @pytest.mark.parametrize(
     ("worker", "told"),
     [
-        ("print([1.0, 2.0])", "it ended without a message"),
-        ("import os; print([1.0, 2.0], flush=True); os.kill(os.getpid(), 9)", "it ended without"),
+        ("print([[1.0, 2.0]])", "it ended without a message"),
+        ("import os; print([[1.0, 2.0]], flush=True); os.kill(os.getpid(), 9)", "it ended without"),
         ("print('[1.0,', end='')", "it ended without a message"),
         ("print('hello')", "it ended without a message"),
         ("pass", "it ended without a message"),
@@ -555,13 +854,14 @@ def test_a_measuring_process_that_ends_early_is_told_and_what_it_measured_is_kep
         patch.setattr(Seen, "worker", ["-c", worker])
         with pytest.raises(HwnasError, match=f"measuring process failed: .*{told}"):
             measure_models(SimulatedProfiler(), files, PROTOCOL, journal=kept)
-    whole = "[1.0, 2.0]" in worker
+    whole = "[[1.0, 2.0]]" in worker
     assert len(lines(kept)) == whole
-    found = measure_models(SimulatedProfiler(), files, PROTOCOL, journal=kept)
-    assert [each.min_us == 1.0 for each in found] == [whole, False]
-    assert [process.models for process in quick[1:]] == [["1"] if whole else ["0", "1"]] + [
-        ["0", "1"]
-    ] * 2
+    found = measured(SimulatedProfiler(), files, PROTOCOL, journal=kept)
+    first, second = quick[0].models
+    for name, blocks in zip(("0", "1"), found, strict=True):
+        assert ([[1.0, 2.0]] in blocks) is (whole and name == first)
+    assert quick[1].models == ([second] if whole else [first, second])
+    assert [sorted(process.models) for process in quick[2:]] == [["0", "1"]] * 2
 
 
 class Enough(Exception):
@@ -610,23 +910,24 @@ def test_interrupted_networks_go_on_with_the_missing_blocks(
     blocks: int, tmp_path: Path, quick: list[Seen]
 ) -> None:
     files, kept = networks(tmp_path, 3), tmp_path / "kept.journal"
-    wanted = measure_models(SimulatedProfiler(), files, PROTOCOL)
+    wanted = measured(SimulatedProfiler(), files, PROTOCOL)
+    order = [name for process in quick for name in process.models]
+    assert len(order) == 3 * PROTOCOL.rounds
     quick.clear()
     with pytest.raises(KeyboardInterrupt):
         measure_models(SimulatedProfiler(), files, PROTOCOL, stopping_after(blocks), journal=kept)
     before = kept.read_bytes()
     quick.clear()
     told: list[int] = []
-    found = measure_models(
+    found = measured(
         SimulatedProfiler(), files, PROTOCOL, lambda _, done, __: told.append(done), journal=kept
     )
     assert found == wanted
     assert told == list(range(blocks, 10)), "what is there already is told first"
-    order = ["0", "1", "2"] * PROTOCOL.rounds
     assert [name for process in quick for name in process.models] == order[blocks:]
     assert kept.read_bytes().startswith(before)
     quick.clear()
-    assert measure_models(SimulatedProfiler(), files, PROTOCOL, journal=kept) == wanted
+    assert measured(SimulatedProfiler(), files, PROTOCOL, journal=kept) == wanted
     assert quick == [], "nothing is missing, so no process is started"
 
 
@@ -637,9 +938,9 @@ def test_a_journal_gives_what_it_holds_and_not_more(tmp_path: Path) -> None:
     measure_models(SimulatedProfiler(), files, PROTOCOL, processes=3, journal=kept)
     before = kept.read_bytes()
     found = measure_models(SimulatedProfiler(), files, PROTOCOL, processes=2, journal=kept)
-    assert [each.runs for each in found] == [2 * PROTOCOL.min_runs] * 2
+    assert [len(blocks) for blocks in found] == [2] * 2
     found = measure_models(SimulatedProfiler(), files, PROTOCOL, processes=4, journal=kept)
-    assert [each.runs for each in found] == [4 * PROTOCOL.min_runs] * 2
+    assert [len(blocks) for blocks in found] == [4] * 2
     assert kept.read_bytes().startswith(before)
 
 
@@ -647,10 +948,10 @@ def test_blocks_are_kept_by_the_models_bytes(tmp_path: Path, quick: list[Seen]) 
     """Another order, other names and further models: only what is new is measured."""
     first, second, third = networks(tmp_path, 3)
     kept = tmp_path / "kept.journal"
-    wanted = measure_models(SimulatedProfiler(), [first, second], PROTOCOL, journal=kept)
+    wanted = measured(SimulatedProfiler(), [first, second], PROTOCOL, journal=kept)
     moved = first.rename(tmp_path / "moved.onnx")
     quick.clear()
-    found = measure_models(SimulatedProfiler(), [third, second, moved], PROTOCOL, journal=kept)
+    found = measured(SimulatedProfiler(), [third, second, moved], PROTOCOL, journal=kept)
     assert [found[2], found[1]] == wanted
     assert [process.models for process in quick] == [["2"]] * PROTOCOL.rounds
     write(network(20), second)
@@ -668,17 +969,17 @@ def test_a_model_that_is_asked_for_twice_is_measured_twice(
     kept = tmp_path / "kept.journal"
     for _ in range(2):
         assert len(measure_models(SimulatedProfiler(), [file, copy], PROTOCOL, journal=kept)) == 2
-    assert [process.models for process in quick] == [["0", "copy"]] * PROTOCOL.rounds
+    assert [sorted(process.models) for process in quick] == [["0", "copy"]] * PROTOCOL.rounds
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_line_that_was_cut_short_is_measured_again(tmp_path: Path) -> None:
     files, kept = networks(tmp_path, 2), tmp_path / "kept.journal"
-    wanted = measure_models(SimulatedProfiler(), files, PROTOCOL, journal=kept)
+    wanted = measured(SimulatedProfiler(), files, PROTOCOL, journal=kept)
     whole = kept.read_bytes()
     for cut in (1, 20, len(whole) - 5):
         kept.write_bytes(whole[:-cut])
-        assert measure_models(SimulatedProfiler(), files, PROTOCOL, journal=kept) == wanted
+        assert measured(SimulatedProfiler(), files, PROTOCOL, journal=kept) == wanted
         assert kept.read_bytes() == whole
 
 
@@ -771,7 +1072,7 @@ def test_rows_that_were_killed_again_and_again_end_as_an_undisturbed_build(path:
 def test_networks_that_were_killed_again_and_again_end_as_undisturbed_ones(tmp_path: Path) -> None:
     files, kept = networks(tmp_path, 3), tmp_path / "kept.journal"
     protocol = replace(PROTOCOL, rounds=2)
-    wanted = measure_models(SimulatedProfiler(), files, protocol)
+    wanted = measured(SimulatedProfiler(), files, protocol)
     before: list[str] = []
     for after in (1, 5):
         killed("networks", kept, files, protocol, "timing", after)
@@ -779,7 +1080,7 @@ def test_networks_that_were_killed_again_and_again_end_as_undisturbed_ones(tmp_p
         assert found[: len(before)] == before
         assert len(found) == after
         before = found
-    assert measure_models(SimulatedProfiler(), files, protocol, journal=kept) == wanted
+    assert measured(SimulatedProfiler(), files, protocol, journal=kept) == wanted
     assert lines(kept)[:5] == before, "what was there was not measured again"
     counted = Counter(json.loads(line)[0] for line in lines(kept))
     assert list(counted.values()) == [2, 2, 2]
@@ -797,9 +1098,10 @@ def test_a_small_table_on_onnx_runtime(path: Path) -> None:
     protocol = replace(PROTOCOL, max_spread=10.0)
     table = build_rows(OrtProfiler(), [small, large, integer], path, protocol)
     assert len(table.rows) == 3
+    assert table.pace_us > 1
     assert table.lookup(large).median_us > 3 * table.lookup(small).median_us
     for row in table.rows.values():
-        assert 0 < row.min_us <= row.median_us
+        assert 0 < row.min_us <= row.low_us <= row.median_us <= row.high_us
         assert 3 * protocol.min_runs <= row.runs <= 3 * protocol.max_runs
     assert LatencyTable.load(path).host == OrtProfiler().host()
 

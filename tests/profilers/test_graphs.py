@@ -206,7 +206,7 @@ def test_the_number_of_threads_changes_no_kernel() -> None:
             BLOCKS["squeeze"](tensor("fp32"), W8A8, "relu"),
             {
                 "QuantizeLinear": 1,
-                "QLinearConv": 5,
+                "QLinearConv": 6,  # one with weights of 1 on the input that is added
                 "QLinearGlobalAveragePool": 1,
                 "QLinearSigmoid": 1,
                 "QLinearMul": 1,
@@ -364,6 +364,97 @@ def test_an_op_of_two_inputs_adds_them(kinds: tuple[str, str]) -> None:
     assert np.abs(found - wanted).max() <= allowed * 1.001
 
 
+# ---- residual blocks at a change of format: what was added changes no value
+
+ADDED = {"a8": (FP32, "AveragePool"), "a8+": (FP32, "AveragePool"), "fp32": (W8A8, "Conv")}
+at_a_change = pytest.mark.parametrize("kind", [*ADDED, "fp32+"])
+
+
+def changing(kind: str, name: str = "residual") -> tuple[OpSpec, str]:
+    """A residual block that converts its input, and the operator that is there for its layout."""
+    precision, added = ADDED[kind.replace("fp32+", "fp32")]
+    return BLOCKS[name](tensor(kind), precision, "relu"), added
+
+
+def without(model: onnx.ModelProto, added: str) -> onnx.ModelProto:
+    """The model as it would be without what stands between a converted input and its readers."""
+    plain = onnx.ModelProto.FromString(model.SerializeToString())
+    given, kept = ".in0.codes", ".in0.kept"
+    if added == "AveragePool":
+        (pool,) = [node for node in plain.graph.node if node.op_type == "AveragePool"]
+        given, kept = pool.input[0], pool.output[0]
+    for node in plain.graph.node:
+        node.input[:] = [
+            name.replace(kept, given) if name.endswith(kept) else name for name in node.input
+        ]
+    assert plain != model
+    return plain
+
+
+@at_a_change
+@pytest.mark.parametrize("name", ["residual", "squeeze", "expansion 1 with residual"])
+def test_a_residual_block_at_a_change_of_format_computes_what_it_would_without_the_added_layer(
+    trained: Trained, name: str, kind: str
+) -> None:
+    """To the last bit; where both are optimised floats are summed in another order."""
+    op, added = changing(kind, name)
+    model, _, feed, _ = both(trained, [op])
+    plain = without(model, added)
+    np.testing.assert_array_equal(
+        run(model, feed.graph, SIMULATION), run(plain, feed.graph, SIMULATION)
+    )
+    found, wanted = run(model, feed.graph), run(plain, feed.graph)
+    if op.precision.is_integer:
+        np.testing.assert_array_equal(found, wanted)
+    else:
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@at_a_change
+def test_what_a_residual_block_adds_is_the_modules_converted_input_to_the_last_bit(
+    kind: str,
+) -> None:
+    """Its convolutions have weights of zero, so that nothing else is left. Codes of the output are
+    those of the input, which has the same range."""
+    op, added = changing(kind)
+    network = Network([op], ONNXRUNTIME).eval()
+    (module,) = network.op_modules
+    with torch.no_grad():
+        for layer in module.weighted_layers.values():
+            layer.weight.zero_()
+    for quantiser in module.activation_quantisers.values():
+        quantiser.limit = INPUT_LIMIT
+    (parameters,) = network.parameters_for_graph()
+    parameters.limits[0] = INPUT_LIMIT
+    feed = images(op.inputs[0])
+    with torch.no_grad():
+        wanted = network(torch.from_numpy(feed.values)).numpy()
+    model = emit([op], [parameters])
+    assert sum(node.op_type == added for node in model.graph.node) == 1 + 3 * (added == "Conv")
+    for level in (None, SIMULATION):
+        found = run(model, feed.graph, level)
+        if op.precision.is_integer:
+            found, expected = steps(op, parameters, found, wanted)
+            np.testing.assert_array_equal(found, np.rint(expected))
+        else:
+            np.testing.assert_array_equal(found, wanted)
+    assert len(np.unique(wanted)) > 100
+
+
+@every_precision
+def test_a_layer_is_added_only_where_a_block_that_adds_its_input_converts_it(
+    precision: Precision,
+) -> None:
+    for name, kind in itertools.product(BLOCKS, FORMATS):
+        op = BLOCKS[name](tensor(kind), precision, "relu")
+        nodes = random_model([op]).graph.node
+        written = Counter(node.op_type for node in nodes)
+        convolutions = sum(layer.kind == "conv" for layer in op.layers)
+        changes = op.adds(0) and op.inputs[0].format.is_quantised != precision.is_integer
+        assert written["AveragePool"] == (changes and not precision.is_integer)
+        assert written["Conv"] - convolutions == (changes and precision.is_integer)
+
+
 # ---- whole networks
 
 
@@ -508,12 +599,20 @@ def test_a_bias_off_the_accumulators_grid_is_found() -> None:
         OrtProfiler().check(model)
 
 
-def test_a_chain_whose_formats_do_not_meet_is_found() -> None:
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("conv", "no residual"), "DequantizeLinear 3 times, not 0"),
+        (("residual", "residual"), "QuantizeLinear 1 times, not 2"),
+    ],
+    ids="/".join,
+)
+def test_a_chain_whose_formats_do_not_meet_is_found(names: tuple[str, str], told: str) -> None:
     """The second op says that its input is float; the first hands on codes. ONNX Runtime then runs
-    even a convolution in float."""
-    first = BLOCKS["residual"](tensor(), W8A8, "relu")
-    second = BLOCKS["residual"](tensor("fp32"), W8A8, "relu")
-    with pytest.raises(WrongKernels, match=r"DequantizeLinear \d times, not 0"):
+    even a convolution in float, or leaves a conversion out."""
+    first = BLOCKS[names[0]](tensor(), W8A8, "relu")
+    second = BLOCKS[names[1]](tensor("fp32", first.output.channels), W8A8, "relu")
+    with pytest.raises(WrongKernels, match=told):
         OrtProfiler().check(random_model([first, second]))
 
 

@@ -28,8 +28,10 @@ def latency_us(ops: list[OpSpec], batch: int = 1) -> float:
     model = emit(ops, [random_parameters(op, rng) for op in ops])
     with SimulatedProfiler(batch=batch).prepare(model) as session:
         samples = session.block(Protocol(min_runs=4))
-    assert len(set(samples.tolist())) == 1, "there is no noise"
-    return float(samples[0])
+    assert len(np.unique(samples, axis=0)) == 1, "there is no noise"
+    assert samples.shape == (4, 2)
+    assert samples[0, 1] == 1.0, "and one pace"
+    return float(samples[0, 0])
 
 
 @pytest.mark.parametrize(

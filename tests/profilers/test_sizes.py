@@ -79,7 +79,7 @@ def test_every_op_of_a_space_adds_what_was_predicted_wherever_it_stands() -> Non
     spec = Tensor(8, 10, 10)
     blocks = [
         inverted_residual(
-            Tensor(8, 10, 10, Format.parse(kind)), 8, kernel=3, expansion=3,
+            Tensor(8, 10, 10, Format.parse(kind)), 8, kernel=3, expansion=2,
             precision=precision, squeeze=squeeze, activation=function,
         )
         for kind, precision, squeeze, function in itertools.product(

@@ -60,7 +60,7 @@ def test_it_answers_one_line_a_model_in_order(tmp_path: Path) -> None:
     blocks = [json.loads(line) for line in answer.stdout.splitlines()]
     for width, block in zip((4, 12, 8), blocks, strict=True):
         wanted = CALL_US + 2 * sum(map(op_us, network(width)))
-        assert block == [pytest.approx(wanted, abs=1e-3)] * PROTOCOL.min_runs
+        assert block == [[pytest.approx(wanted, abs=1e-3), 1.0]] * PROTOCOL.min_runs
 
 
 def test_what_was_timed_before_a_failure_is_told(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_what_is_described_is_what_is_built(tiny: SearchSpace) -> None:
     told = {
         "block0.block": "k7e6",
         "block0.precision": "w8a8",
-        "block0.width": "24",
+        "block0.width": "32",
         "block1.block": "k5e3",
         "block1.precision": "fp32",
         "block1.width": "48",
@@ -224,7 +224,7 @@ def test_what_is_described_is_what_is_built(tiny: SearchSpace) -> None:
     walked = tiny.walk(tiny.parse(told))
     assert [p.position for p in walked] == ["stem", "block0", "block1", "block3", "block4", "head"]
     assert [p.op.precision.name for p in walked] == ["fp32", "w8a8", "fp32", "w8a8", "w8a8", "w8a8"]
-    assert [p.op.output.channels for p in walked] == [16, 24, 48, 64, 64, 10]
+    assert [p.op.output.channels for p in walked] == [16, 32, 48, 64, 64, 10]
     assert [p.op.output.height for p in walked] == [16, 16, 8, 4, 4, 1]
     assert [p.group for p in walked] == ["", "k7e6", "k5e3", "k3e6", "k3e3", ""]
     depthwise = [layer.kernel for p in walked for layer in p.op.layers if layer.groups > 1]
@@ -251,11 +251,11 @@ def test_the_head_precisions_are_the_blocks_unless_given() -> None:
 
 # ---- the presets
 
-STAGES_TINY = (Stage(1, 1, (16, 24)), Stage(2, 2, (32, 48)), Stage(3, 2, (64, 96)))
+STAGES_TINY = (Stage(1, 1, (16, 32)), Stage(2, 2, (32, 48)), Stage(3, 2, (64, 96)))
 STAGES_224 = (
     Stage(1, 1, (16,)),
-    Stage(3, 2, (16, 24, 32)),
-    Stage(4, 2, (32, 40, 48), squeeze=4),
+    Stage(3, 2, (16, 32, 48)),
+    Stage(4, 2, (32, 48, 64), squeeze=4),
     Stage(4, 2, (64, 80, 96)),
     Stage(3, 1, (96, 112, 128), squeeze=4),
     Stage(3, 2, (128, 160, 192), squeeze=4),

@@ -1,0 +1,109 @@
+"""Why the costs of ops add up: operators of rows, less those of boundaries, are those of networks.
+
+ONNX Runtime's optimised graphs are the oracle. A node counts with its domain, its operator and how
+many inputs it has, which tells a convolution that adds from one that does not.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from hwnas.costs.samplers import UniformSampler
+from hwnas.spaces.base import SearchSpace
+from hwnas.spaces.registry import load_space
+from latency_tables.boundaries import chain_key, probes
+from latency_tables.ops import OpSpec
+from profilers.graphs import emit, random_parameters
+from profilers.ort import session_options
+
+REORDERS = ("ReorderInput", "ReorderOutput")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+Operators = Counter[tuple[str, str, int]]
+Executed = Callable[[Sequence[OpSpec]], Operators]
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> Executed:
+    """The nodes that ONNX Runtime executes for a chain of ops; each chain is opened once."""
+    file = tmp_path_factory.mktemp("graphs") / "optimised.onnx"
+    known: dict[str, Operators] = {}
+
+    def count(ops: Sequence[OpSpec]) -> Operators:
+        key = chain_key(ops)
+        if key not in known:
+            rng = np.random.default_rng(0)
+            model = emit(ops, [random_parameters(op, rng) for op in ops])
+            options = session_options(1)
+            options.optimized_model_filepath = str(file)
+            ort.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+            nodes = onnx.load(file).graph.node
+            constants = {name for node in nodes if not node.input for name in node.output}
+            known[key] = Counter(
+                (node.domain, node.op_type, sum(map(bool, node.input)))
+                for node in nodes
+                if node.output[0] not in constants
+            )
+        return known[key]
+
+    return count
+
+
+def less(more: Operators, fewer: Operators) -> Operators:
+    """The difference, which may be negative, without zeros."""
+    found = Counter(more)
+    found.subtract(fewer)
+    return Counter({kind: count for kind, count in found.items() if count})
+
+
+def assert_operators_add_up(space: SearchSpace, networks: int, executed: Executed) -> None:
+    chains = probes(space.lattice.ops)
+    sampler, rng = UniformSampler(space), np.random.default_rng(3)
+    saved = 0
+    for _ in range(networks):
+        ops = space.lower(sampler.sample(rng))
+        summed: Operators = Counter()
+        for place, op in enumerate(ops):
+            summed.update(executed([op]))
+            if place:
+                *head, last = chains[op.boundary]
+                saving = Counter(executed(head))
+                saving.update(executed([last]))
+                saving = less(saving, executed([*head, last]))
+                summed = less(summed, saving)
+                saved += saving.total() > 0
+        assert less(summed, executed(ops)) == {}, [op.key for op in ops]
+    assert saved >= networks, "boundaries save something"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_operators_of_the_preset_for_small_images_add_up(channels: int, executed: Executed) -> None:
+    space = load_space("mobile-tiny", classes=10, image_channels=channels, size=32)
+    assert_operators_add_up(space, 20, executed)
+
+
+@pytest.mark.parametrize("networks", [3, pytest.param(40, marks=pytest.mark.slow)])
+def test_operators_of_the_preset_for_photos_add_up(networks: int, executed: Executed) -> None:
+    space = load_space("mobile", classes=10, image_channels=3, size=224)
+    assert_operators_add_up(space, networks, executed)
+
+
+def test_operators_of_a_space_of_ones_own_add_up(executed: Executed) -> None:
+    path = f"{EXAMPLES / 'own_space.py'}:space"
+    space = load_space(path, classes=10, image_channels=1, size=32)
+    assert_operators_add_up(space, 20, executed)
+
+
+def test_rows_alone_do_not_add_up(executed: Executed) -> None:
+    """So that what is subtracted above is known to matter: layouts are changed once, not twice."""
+    space = load_space("mobile-tiny", classes=10, image_channels=1, size=32)
+    ops = space.lower(space.architecture([0] * len(space.genes)))
+    summed: Operators = sum((executed([op]) for op in ops), Counter())
+    extra = less(summed, executed(ops))
+    assert all(extra["com.microsoft.nchwc", name, 1] > 0 for name in REORDERS)
