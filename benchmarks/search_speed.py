@@ -356,4 +356,6 @@ def band(figures):
     for edge in figures["edges"]:
         if edge["ours_seconds"] > 10 or (edge["ours_scored"] > 0) != (edge["limit"] == "above"):
             complaints.append(f"a limit just {edge['limit']} the smallest: {edge}")
+        if edge["theirs_ended"]:
+            complaints.append(f"ofa ends at a limit just {edge['limit']} the smallest")
     return complaints
