@@ -4,6 +4,7 @@ The oracle is a device whose costs are stated: what each op takes alone, less wh
 between two ops saves.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 
@@ -149,7 +150,7 @@ def test_every_boundary_inside_a_network_of_a_space_has_a_probe(tiny: SearchSpac
         assert chain[-1].boundary == boundary
         assert 2 <= len(chain) <= 3
         assert not chain[0].adds(0)
-        assert all(op.inputs == (before.output,) for before, op in zip(chain, chain[1:]))
+        assert all(op.inputs == (before.output,) for before, op in itertools.pairwise(chain))
         assert set(chain) <= set(tiny.lattice.ops)
     assert probes(tiny.lattice.ops) == found
 
