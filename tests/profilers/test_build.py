@@ -287,8 +287,9 @@ def test_only_boundaries_that_no_chain_crosses_yet_are_measured_later(path: Path
     stem, coded, floating, after, last = CHAINED
     table = build_rows(Watched(), [after, last], path, PROTOCOL)
     assert set(table.chains) == {chain_key((after, last))}
-    more = conv_norm_activation(after.output, 24, kernel=3, precision=W8A8)
+    more = conv_norm_activation(after.output, 2, kernel=1, precision=W8A8)
     assert more.boundary == last.boundary
+    assert more.macs < last.macs, "it would have been the end of the chain"
     second = Watched()
     build_rows(second, [stem, after, last, more], path, PROTOCOL)
     assert set(second.measured) == {stem.key, more.key}, "the boundary before `more` is known"
