@@ -302,6 +302,17 @@ def test_only_boundaries_that_no_chain_crosses_yet_are_measured_later(path: Path
     assert missing_chains(table, CHAINED) == []
 
 
+def test_a_chain_that_is_there_is_the_head_of_a_longer_one_without_being_measured_again(
+    path: Path,
+) -> None:
+    stem, coded, _, after, _ = CHAINED
+    build_rows(Watched(), [stem, coded], path, PROTOCOL)
+    profiler = Watched()
+    table = build_rows(profiler, [stem, coded, after], path, PROTOCOL)
+    assert set(profiler.measured) == {after.key, chain_key((stem, coded, after))}
+    assert table.savings_us().keys() == {coded.boundary, after.boundary}
+
+
 def test_what_is_missing_is_ops_first_then_chains_each_behind_its_head(path: Path) -> None:
     stem, coded, floating, after, last = CHAINED
     table = open_table(Watched(), path, PROTOCOL)
