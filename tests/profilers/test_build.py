@@ -423,6 +423,16 @@ def test_a_build_that_is_not_told_of_a_network_takes_the_rounds_alone(path: Path
     assert set(blocks_of(profiler).values()) == {PROTOCOL.rounds}
 
 
+def test_rounds_are_taken_also_where_there_are_more_than_the_most_for_noisy_rows(
+    path: Path,
+) -> None:
+    """A recipe that asks for many rounds need not say both."""
+    protocol = replace(PROTOCOL, rounds=5, max_rounds=4)
+    profiler = Noisy(SWINGS)
+    build_rows(profiler, OPS, path, protocol, network_us=NETWORK_US)
+    assert blocks_of(profiler) == {op.key: 5 for op in OPS}
+
+
 def test_only_the_wide_rows_are_in_the_extra_rounds_each_in_an_order_of_its_own(
     path: Path,
 ) -> None:
