@@ -302,14 +302,13 @@ def verify(
             content = hwnas.run.remeasure(job, result)
         else:
             content = hwnas.run.verify(job, where, hwnas.run.read_limits(job, result))
-        measured = content["measured"]
-        holds = all(content["holds"].values()) and measured["stable"]
+        holds = all(content["holds"].values()) and hwnas.run.is_stable(content)
         facts = {
             "status": "ok" if holds else "failed",
             "exit_code": 0 if holds else 4,
             "limits": content["limits"],
             "holds": content["holds"],
-            "measured": measured,
+            **hwnas.run.told_measured(content),
             "accuracy": content["accuracy"],
             "certificate": str(result / "certificate.json"),
         }
@@ -317,8 +316,7 @@ def verify(
             *(("limit", f"{hwnas.run.limit_text(name, value)}: "
                         f"{'holds' if content['holds'][name] else 'DOES NOT HOLD'}")
               for name, value in content["limits"].items()),
-            ("measured", f"{measured['median_ms']:.4g} ms median, {measured['p95_ms']:.4g} ms p95, "
-                         f"{'stable' if measured['stable'] else 'UNSTABLE'}"),
+            *hwnas.run.measured_rows(content),
             ("accuracy on TEST", f"{content['accuracy']['test']:.2%}"),
         ]  # fmt: skip
         screen.done(facts, rows)

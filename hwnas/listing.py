@@ -132,8 +132,13 @@ def merge(first: Path, second: Path, into: Path) -> int:
 
 
 def export_csv(path: Path, csv: Path) -> int:
-    """Write a table's rows, then its chains, as CSV; how many lines there are under the head."""
+    """Write a table's rows, then its chains, as CSV; how many lines there are under the head.
+
+    Raises InvalidInput where `csv` is the table itself.
+    """
     found = LatencyTable.load(path)
+    if csv.resolve() == path.resolve():
+        raise InvalidInput(f"--csv {csv} is the table itself.", accepted="another file")
     rows = [asdict(row) for row in (*found.rows.values(), *found.chains.values())]
     frame = pd.DataFrame(rows)
     write_atomically(csv, lambda temporary: frame.to_csv(temporary, index=False))

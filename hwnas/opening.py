@@ -11,7 +11,7 @@ import hwnas
 from hwnas.conditions import LATENCY, Condition, condition
 from hwnas.flags import REQUEST
 from hwnas.screen import Screen, columns
-from latency_tables.percentiles import MEDIAN
+from latency_tables.percentiles import MEDIAN, PERCENTILES
 from quant.errors import InvalidInput
 
 if TYPE_CHECKING:  # loaded when a command uses it (see hwnas/__init__.py): help must be quick
@@ -93,6 +93,9 @@ def latency_limits(
     pairs = [text.rpartition("=")[::2] for text in asked or ()]
     if percentile is not None and not pairs:
         raise InvalidInput("--percentile needs --latency-ms.", accepted="both, or neither")
+    if percentile not in (None, MEDIAN, *PERCENTILES):
+        known = ", ".join(map(str, (MEDIAN, *PERCENTILES)))
+        raise InvalidInput(f"--percentile is {percentile}.", accepted=known)
     if device is None and pairs and all(name for name, _ in pairs):
         device = pairs[0][0]
     found: dict[str, float] = {}
@@ -124,6 +127,9 @@ def opened_limits(
     counted = {name: value for name, value in limited.items() if not is_latency(name)}
     known = job.limits(counted)  # refused at once where no table is needed to know better
     names = [name for name in limited if is_latency(name)]
+    for name in names:
+        if (asked := condition(name)) is not None and asked.device:
+            job.under(name)  # refused at once where the device is not there
     for name in dict.fromkeys([LATENCY, *names]):
         _measured(job, name, limited if fraction is None else {}, known, screen)
     found = {name: job.under(name).latency_range() for name in names or [LATENCY]}

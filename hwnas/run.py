@@ -31,10 +31,17 @@ from hwnas.job import (
 )
 from hwnas.loop import limits_name, ranked, read_limits, search, searches
 from hwnas.report import page
-from hwnas.report.page import limit_text, number
+from hwnas.report.page import limit_text, measured_rows, number
 from hwnas.retrain import accuracy as torch_accuracy
 from hwnas.scoring import train
-from hwnas.ship import export, is_shipped, remeasure, retrain_finalists, verify
+from hwnas.ship import (
+    export,
+    is_shipped,
+    is_stable,
+    remeasure,
+    retrain_finalists,
+    verify,
+)
 from hwnas.spaces.base import Architecture, SearchSpace
 from hwnas.store import Run, list_runs, read_run
 from profilers.host import disturbances
@@ -42,12 +49,15 @@ from profilers.recheck import drift
 from quant.errors import Unstable
 
 __all__ = [
-    "LIMITS", "FeasibleSet", "Job", "Request", "check_limits", "disturbances", "drift",
-    "estimate", "export", "feasible_range", "flag_of", "is_profiled", "limit_text",
-    "limits_name", "list_runs", "number", "open_run", "plan", "profile", "read_limits",
-    "read_run", "remeasure", "request_fields", "request_of", "result_rows", "retrain_finalists",
-    "search", "search_to_certificate", "torch_accuracy", "train", "verify",
+    "LIMITS", "FeasibleSet", "Job", "Request", "check_limits", "disturbances",
+    "drift", "estimate", "export", "feasible_range", "flag_of", "is_profiled", "is_stable",
+    "limit_text", "limits_name", "list_runs", "measured_rows", "number", "open_run", "plan",
+    "profile", "read_limits", "read_run", "remeasure", "request_fields", "request_of",
+    "result_rows", "retrain_finalists", "search", "search_to_certificate", "told_measured",
+    "torch_accuracy", "train", "verify",
 ]  # fmt: skip
+
+MEASURED = ("measured", "measured_under")
 
 
 def open_run(job: Job) -> Run:
@@ -62,11 +72,11 @@ def search_to_certificate(job: Job, run: Run, limits: Sequence[Limit]) -> dict[s
     result = run.result(limits_name(limits))
     file = result / "certificate.json"
     content = certificates.read_certificate(file) if file.exists() else None
-    if content is None or not (content["measured"]["stable"] and is_shipped(result, content)):
+    if content is None or not (is_stable(content) and is_shipped(result, content)):
         content = verify(job, run, limits)
     summary = {
-        "status": "ok" if content["measured"]["stable"] else "unstable",
-        "exit_code": 0 if content["measured"]["stable"] else Unstable.exit_code,
+        "status": "ok" if is_stable(content) else "unstable",
+        "exit_code": 0 if is_stable(content) else Unstable.exit_code,
         "run": str(run.path),
         "architecture": content["architecture"],
         "limits": {
@@ -78,7 +88,7 @@ def search_to_certificate(job: Job, run: Run, limits: Sequence[Limit]) -> dict[s
             for limit in limits
         },
         "predicted": content["predicted"],
-        "measured": content["measured"],
+        **told_measured(content),
         "accuracy": content["accuracy"],
         **_search_facts(job, run, feasible),
         **feasible_range(feasible),
@@ -90,6 +100,11 @@ def search_to_certificate(job: Job, run: Run, limits: Sequence[Limit]) -> dict[s
     }
     page.write_report(run.report, summary, *_points(job, run, feasible))
     return summary
+
+
+def told_measured(certificate: dict[str, Any]) -> dict[str, Any]:
+    """What a certificate measured, as a command tells it."""
+    return {name: certificate[name] for name in MEASURED if name in certificate}
 
 
 def result_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -161,6 +161,12 @@ def remeasure(job: Job, result: Path) -> dict[str, Any]:
     }
 
 
+def is_stable(certificate: Mapping[str, Any]) -> bool:
+    """Whether every measurement of a certificate was quiet enough to trust."""
+    measured = [certificate["measured"], *certificate.get("measured_under", {}).values()]
+    return all(each["stable"] for each in measured)
+
+
 def is_shipped(result: Path, certificate: dict[str, Any]) -> bool:
     """Whether the model of a result is the file that its certificate describes."""
     file = result / "model.onnx"

@@ -119,6 +119,7 @@ class LatencyModel:
             per_op_us=factor * self.per_op_us,
             offset_us=factor * self.offset_us,
             upper_ratio=self.upper_ratio / factor,
+            tails={n: (usual / factor, upper / factor) for n, (usual, upper) in self.tails.items()},
         )
 
     def to_dict(self) -> dict[str, Any]:

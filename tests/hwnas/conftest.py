@@ -30,7 +30,8 @@ from hwnas.spaces.blocks import conv_norm_activation
 from hwnas.spaces.mobile import Stage, mobile, mobile_tiny
 from latency_tables.model import LatencyModel, Quality
 from latency_tables.ops import Tensor
-from profilers.measure import Measurement, summarise
+from profilers.base import Profiler
+from profilers.measure import Measurement, Protocol, Samples, summarise
 from quant.precision import Precision
 
 ROOT = Path(hwnas.__file__).parents[1]
@@ -174,6 +175,28 @@ def measured_here() -> Callable[..., list[Measurement]]:
     process's device counts.
     """
     return _measured_here
+
+
+def _timed_here(
+    profiler: Profiler,
+    models: Sequence[Path],
+    protocol: Protocol,
+    *_: object,
+    processes: int | None = None,
+    **__: object,
+) -> list[list[Samples]]:
+    found = []
+    for path in models:
+        with profiler.prepare(path) as session:
+            block = session.block(protocol).round(3)
+            found.append([block] * (processes or protocol.rounds))
+    return found
+
+
+@pytest.fixture(scope="session")
+def timed_here() -> Callable[..., list[list[Samples]]]:
+    """`measure_models` without fresh processes: the blocks of each model file."""
+    return _timed_here
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ SPACE = f"{ROOT / 'examples' / 'own_space.py'}:space"
 SMALL = ("--space", SPACE, "--device", "simulated", "--recipe", "smoke")
 COMMANDS = (
     "profile", "train", "search", "retrain", "export", "verify", "predict", "devices", "spaces",
-    "tables", "tables show", "runs",
+    "tables", "tables check", "tables show", "tables diff", "tables merge", "tables export", "runs",
 )  # fmt: skip
 Commands = Callable[..., Any]
 
@@ -73,19 +73,27 @@ def arguments_of(command: str, folder: Path) -> list[str]:
         "train": (*SMALL, "--run", "runs/a"),
         "search": (*SMALL, "--limit-fraction", "0.5", "--max-params", "40000", "--run", "runs/a"),
         "predict": (str(result / "model.onnx"),),
+        "tables check": ("--networks", "6", *SMALL),
         "tables show": (str(table),),
+        "tables diff": (str(table), str(table)),
+        "tables merge": (str(table), str(table), "--into", "both.parquet"),
+        "tables export": (str(table), "--csv", "rows.csv"),
     }
     return [*command.split(), *more.get(command, ()), "--json"]
 
 
 @pytest.fixture(scope="module")
 def told(
-    folder: Path, hwnas_in: Commands, measured_here: Callable[..., list[Measurement]]
+    folder: Path,
+    hwnas_in: Commands,
+    measured_here: Callable[..., list[Measurement]],
+    timed_here: Callable[..., Any],
 ) -> dict[str, dict[str, Any]]:
     """What each command prints on success, and `failure` with everything that it can hold."""
     answers = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hwnas.ship, "measure", measured_here)
+        patch.setattr("hwnas.quality.measure_models", timed_here)
         for command in COMMANDS:
             answer = hwnas_in(folder, *arguments_of(command, folder))
             assert answer.code == 0, answer.told
@@ -153,7 +161,7 @@ OPTIONAL = {"run", "feasible_min", "feasible_max"}
 
 MAPS = (
     "architecture", "genes", "models", "scales", "limits", "holds", "feasible_min",
-    "feasible_max", "search_val_shared_weights",
+    "feasible_max", "search_val_shared_weights", "reports", "tails",
 )  # fmt: skip
 """Objects whose names are the user's: of genes, latency models, precisions, limits, strategies."""
 
@@ -276,6 +284,12 @@ def others(name: str | int, value: Any) -> list[Any]:
         ("failure", {"exit_code": 3, "feasible_min": {}, "feasible_max": {}}),
         ("predict", {"coverage": 1.01}),
         ("profile", {"rows": 1.5}),
+        ("verify", {"holds": {"latency_p95": True}}),
+        ("verify", {"measured_under": {}}),
+        ("tables check", {"ranking": {"noise": 0.1}}),
+        ("tables diff", {"ratio": 0.0}),
+        ("tables merge", {"rows": -1}),
+        ("tables export", {"csv": ""}),
     ],
 )
 def test_the_schema_refuses_what_contradicts_itself(
@@ -330,6 +344,17 @@ def test_no_architecture_without_the_reachable_range_is_refused(
         ("tables --tables", "requires an argument"),
         ("tables show", "Missing argument"),
         ("tables show nothing.parquet", "no table nothing.parquet"),
+        ("tables check --networks 4", "--networks is 4"),
+        ("tables check --networks some", "--networks"),
+        ("tables check --device simulated --recipe smoke", "does not hold all of mobile-tiny"),
+        ("tables check --tables nowhere --device simulated", "does not hold all of mobile-tiny"),
+        ("tables check --quiet --verbose", "--quiet contradicts --verbose"),
+        ("tables diff a.parquet", "Missing argument"),
+        ("tables diff a.parquet b.parquet", "no table a.parquet"),
+        ("tables merge a.parquet b.parquet", "Missing option"),
+        ("tables merge a.parquet b.parquet --into c.parquet", "no table a.parquet"),
+        ("tables export a.parquet", "Missing option"),
+        ("tables export a.parquet --csv rows.csv", "no table a.parquet"),
         ("runs a b", "unexpected extra argument"),
         ("runs --newest", "No such option: --newest"),
         ("nothing", "No such command 'nothing'"),
@@ -364,7 +389,11 @@ INNER = {
     "devices": "hwnas.listing.devices",
     "spaces": "hwnas.listing.spaces",
     "tables": "hwnas.listing.tables",
+    "tables check": "hwnas.quality.check",
     "tables show": "hwnas.listing.table",
+    "tables diff": "hwnas.listing.difference",
+    "tables merge": "hwnas.listing.merge",
+    "tables export": "hwnas.listing.export_csv",
     "runs": "hwnas.listing.runs",
 }
 """The function that does a command's work."""
@@ -414,7 +443,7 @@ def test_a_noisy_measurement_is_status_unstable_and_code_4(
     hwnas_in: Commands,
     measured_here: Callable[..., list[Measurement]],
 ) -> None:
-    measured = Measurement(20.0, 19.0, 30.0, 0.4, 20, stable=False)
+    measured = Measurement(20.0, 20.0, 19.5, 21.0, 19.0, 30.0, 0.4, 20, stable=False)
     monkeypatch.setattr(hwnas.ship, "measure", lambda _, paths: [measured] * len(paths))
     common = (*SMALL, "--latency-ms", "0.05", "--run", "runs/a", "--json")
     answer = hwnas_in(folder, "search", *common)
@@ -433,7 +462,7 @@ def test_a_noisy_measurement_is_status_unstable_and_code_4(
 def test_a_limit_that_no_longer_holds_is_status_failed_and_code_4(
     folder: Path, monkeypatch: pytest.MonkeyPatch, hwnas_in: Commands
 ) -> None:
-    slow = Measurement(1e6, 1e6, 1e6, 0.0, 20, stable=True)
+    slow = Measurement(1e6, 1e6, 1e6, 1e6, 1e6, 1e6, 0.0, 20, stable=True)
     monkeypatch.setattr(hwnas.ship, "measure", lambda _, paths: [slow] * len(paths))
     answer = hwnas_in(folder, "verify", "--run", "runs/a", "--json")
     content = whole(answer.out)
