@@ -1,10 +1,11 @@
 """Does the table tell the truth, how soon is it there, and how much of a limit can be used?
 
-The default CPU condition. The space's ops, chains and calibration networks are measured as
-`hwnas profile` does it; then held-out random networks, each in five fresh processes, twice; then
-for limits over the feasible range the network with the most MACs that a search finds, exported with
-random weights and measured the same way. What an op costs inside a network is told in several ways,
-each calibrated on the same networks and held against the same held-out ones.
+The default CPU condition. The space's ops and chains are measured as `hwnas profile` does it; then
+calibration networks and held-out random networks in turn, each in five fresh processes, and the
+held-out ones in five more; then for limits over the feasible range the network with the most MACs
+that a search finds, exported with random weights and measured the same way. What an op costs inside
+a network is told in several ways, each calibrated on the same networks and held against the same
+held-out ones.
 
 Band (full size): mean error at most 1 % beyond half of what two measurements of one network differ
 by; nothing over its limit by more than the host's own repeatability; the table at most twice the
@@ -39,6 +40,7 @@ from profilers.host import pinned
 from profilers.measure import summarise
 
 SLOPES = (2, 4, 8)
+SLOPE_ROUNDS = 3
 REFINED = 0.05
 """How far a row may usually be off, for the rows that are refined on whole networks."""
 
@@ -49,26 +51,28 @@ def measure(*, reduced: bool):
     held_out, limits, evaluations = (20, 5, 400) if reduced else (100, 50, 3000)
     with tempfile.TemporaryDirectory() as folder:
         job = Job(Request(space=space, data=data, recipe="standard", tables=Path(folder)))
-        figures, raw = profiled(job)
-        table = raw.pop("table")
-        chosen = draw(job.space, held_out, seed=SEED, but=set(raw.pop("chosen")))
-        chains = [list(job.space.lower(architecture)) for architecture in chosen]
-        blocks = timed(job, chains)
-        first, second = halves(job, table, chains, blocks)
-        model = fitted(raw["calibration"], job.recipe.calibration)
+        known = calibration_networks(job.space, job.recipe.calibration)
+        chosen = draw(job.space, held_out, seed=SEED, but=set(known))
+        fit_chains, chains = (
+            [list(job.space.lower(architecture)) for architecture in each]
+            for each in (known, chosen)
+        )
+        figures, table, calibration, first = profiled(job, fit_chains, chains)
+        second = networks_of(job, table, chains, timed(job, chains))
+        model = fitted(calibration, job.recipe.calibration)
         figures |= held_against(model, first, second)
         figures["upper_ratio"] = model.upper_ratio
         figures["coverage_random"] = coverage(
             [n.observed_us / 1000 for n in first],
             [model.upper_ms(additive(model, n)) for n in first],
         )
-        figures["ways"] = ways(job, table, raw["calibration"], raw.pop("chains"), first, chains)
+        figures["ways"] = ways(job, table, calibration, fit_chains, first, chains)
         found, searched = under_limits(job, table, model, limits, evaluations)
         figures["limits"] = found
         raw_out = {
             "held_out": [asdict(n) | {"again_us": m.latency_us, "again_observed_us": m.observed_us}
                          for n, m in zip(first, second, strict=True)],
-            "calibration": [asdict(n) for n in raw["calibration"]],
+            "calibration": [asdict(n) for n in calibration],
             "searched": searched,
         }  # fmt: skip
     for network in (*raw_out["held_out"], *raw_out["calibration"]):
@@ -77,51 +81,47 @@ def measure(*, reduced: bool):
     return {"figures": figures, "raw": raw_out}
 
 
-def profiled(job):
-    """The table and the calibration networks, measured, with what that took."""
+def profiled(job, fit_chains, chains):
+    """The table, the calibration networks and the held-out ones, with what the first two took."""
     start = time.monotonic()
     table = build_rows(
         job.profiler, job.space.lattice.ops, job.table_path, job.recipe.protocol,
         network_us=4000.0,
     )  # fmt: skip
-    rows_s = time.monotonic() - start
-    chosen = calibration_networks(job.space, job.recipe.calibration)
-    chains = [list(job.space.lower(architecture)) for architecture in chosen]
-    blocks = timed(job, chains, job.recipe.processes)
-    seconds = time.monotonic() - start
+    rows_s, start = time.monotonic() - start, time.monotonic()
+    together = timed(job, [*fit_chains, *chains])
+    networks_s = time.monotonic() - start
+    blocks, held_out = together[: len(fit_chains)], together[len(fit_chains) :]
     everything = [*table.rows.values(), *table.chains.values()]
-    counted_s = sum(row.runs * row.median_us for row in everything) / 1e6
-    counted_s += sum(block[:, 0].sum() for each in blocks for block in each) / 1e6
+    rows_counted_s = sum(row.runs * row.median_us for row in everything) / 1e6
+    counted_s, all_s = (
+        sum(block[:, 0].sum() for each in some for block in each) / 1e6
+        for some in (blocks, together)
+    )
     figures = {
         "rows": len(table.rows),
         "chains": len(table.chains),
         "unstable_rows": sum(not row.stable for row in everything),
-        "calibration_networks": len(chains),
-        "table_seconds": seconds,
+        "calibration_networks": len(fit_chains),
+        "table_seconds": rows_s + networks_s * counted_s / all_s,
         "rows_seconds": rows_s,
-        "counted_seconds": counted_s,
+        "counted_seconds": rows_counted_s + counted_s,
     }
-    networks = measured_networks(chains, blocks, table, job.recipe)
-    return figures, {"table": table, "calibration": networks, "chains": chains, "chosen": chosen}
+    calibration = networks_of(job, table, fit_chains, blocks)
+    return figures, table, calibration, networks_of(job, table, chains, held_out)
 
 
-def timed(job, chains, processes=None):
-    """The blocks of networks, each in fresh processes: twice as many as usual unless told."""
+def networks_of(job, table, chains, blocks):
+    """Networks with their blocks, priced by the table."""
+    return measured_networks(chains, blocks, table, job.recipe)
+
+
+def timed(job, chains):
+    """The blocks of networks, each in the recipe's number of fresh processes."""
     with model_files(network_models(chains, job.profiler)) as paths:
         return measure_models(
-            job.profiler,
-            paths,
-            job.recipe.protocol,
-            processes=processes or 2 * job.recipe.processes,
+            job.profiler, paths, job.recipe.protocol, processes=job.recipe.processes
         )
-
-
-def halves(job, table, chains, blocks):
-    """Two measurements of each network, from every other process."""
-    return [
-        measured_networks(chains, [each[half] for each in blocks], table, job.recipe)
-        for half in (slice(0, None, 2), slice(1, None, 2))
-    ]
 
 
 def additive(model, network):
@@ -180,7 +180,7 @@ def slopes(job, table):
         for number, (chain, model) in enumerate(models.items()):
             files[chain] = Path(folder) / f"{number}.onnx"
             files[chain].write_bytes(model)
-        for _ in range(protocol.rounds):
+        for _ in range(SLOPE_ROUNDS):
             for chain in chains:
                 with job.profiler.prepare(files[chain]) as session:
                     blocks[chain].append(session.block(protocol))
@@ -226,7 +226,7 @@ def under_limits(job, table, model, count, evaluations):
             score |= dict(zip(asked, told, strict=True))
         best.append(max(score, key=score.__getitem__))
     chains = [list(job.space.lower(architecture)) for architecture in best]
-    first, second = halves(job, table, chains, timed(job, chains))
+    first, second = (networks_of(job, table, chains, timed(job, chains)) for _ in range(2))
     rows = [
         {
             "limit_ms": value,

@@ -66,8 +66,8 @@ def space(*, classes: int, image_channels: int, size: int) -> SearchSpace:
         Tensor(image_channels, size, size),
         (
             Position("stem", {}, stem),
-            Position("block0", options, block(2, 24)),
-            Position("block1", options, block(1, 24)),
+            Position("block0", options, block(2, 32)),
+            Position("block1", options, block(1, 32)),
             Position("block2", options, block(2, 48)),
             Position("head", {}, head),
         ),
