@@ -222,7 +222,8 @@ class Job:
 
     def _cost(self, name: str) -> Cost:
         if condition(name) is not None:
-            return replace(self.under(name).latency, name=name)
+            cost = self.under(name).latency
+            return cost if cost.name == name else replace(cost, name=name)
         match name:
             case "size_mb":
                 return size_cost(self.space, self._op_bytes(), BASE_BYTES)

@@ -9,6 +9,8 @@ the calls of a block have a pace beside them: how long a fixed piece of arithmet
 after. Times divided by their pace compare ops; times as they are tell what a user waits.
 """
 
+from __future__ import annotations
+
 import gc
 import math
 import time

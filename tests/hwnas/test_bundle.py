@@ -447,7 +447,7 @@ def test_many_unstable_rows_are_told(folder: Path) -> None:
     seen: Counter[str] = Counter()
     spread = []
     for key, samples in blocks:
-        spread.append((key, (np.array(samples) * [1 + seen[key], 1]).tolist()))  # times, paces
+        spread.append((key, (np.array(samples) * [1 + seen[key], 1]).tolist()))  # not the pace
         seen[key] += 1
     seal(folder, header, spread)
     answer = take(folder)

@@ -247,13 +247,27 @@ def test_an_input_is_the_transposed_bytes_over_255_by_a_slow_loop() -> None:
         "torchvision",
         "torchvision:",
         "images.npy",
+        "none",
+        "none:",
+        "none:0",
+        "none:1",
+        "none:-3",
+        "none:many",
+        "none:2.5",
     ],
 )
 def test_an_unknown_data_set_is_refused_with_what_is_accepted(name: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         load(name, size=32)
     assert caught.value.what == f"--data is {name!r}."
-    for form in ("digits", "fashion-mnist:DIR", "FILE.npz", "folder:DIR", "torchvision:NAME"):
+    for form in (
+        "digits",
+        "fashion-mnist:DIR",
+        "FILE.npz",
+        "folder:DIR",
+        "torchvision:NAME",
+        "none:CLASSES",
+    ):
         assert form in FORMS
         assert form in caught.value.accepted
     assert caught.value.next_step
@@ -264,6 +278,18 @@ def test_an_unknown_data_set_is_refused_with_what_is_accepted(name: str) -> None
 def test_a_size_without_pixels_is_refused(name: str, size: int) -> None:
     with pytest.raises(InvalidInput, match=f"--image-size is {size}"):
         load(name, size=size)
+
+
+@pytest.mark.parametrize(("classes", "size"), [(2, 8), (1000, 224)])
+def test_classes_alone_make_splits_without_an_image(classes: int, size: int) -> None:
+    """Colour pictures of the size, so that what will be trained later can be profiled now."""
+    found = load(f"none:{classes}", size=size)
+    assert (found.classes, found.size, found.channels) == (classes, size, 3)
+    assert found.class_names == tuple(str(number) for number in range(classes))
+    assert len(found.train) == len(found.search_val) == 0
+    with found.final() as test:
+        assert len(test) == 0
+    assert found.fingerprint == load(f"none:{classes}", size=size).fingerprint
 
 
 def test_digits_are_loaded_by_name(splits: Splits) -> None:

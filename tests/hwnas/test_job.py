@@ -27,7 +27,7 @@ from hwnas.spaces.base import Architecture
 from hwnas.store import RUN_TABLE, Run, RunConfig, open_run
 from latency_tables.boundaries import chain_key, probes, with_heads
 from latency_tables.model import LatencyModel, Quality
-from latency_tables.ops import COUNTS, OpSpec, peak_activation_bytes
+from latency_tables.ops import COUNTS, OpSpec, Tensor, peak_activation_bytes
 from latency_tables.table import LatencyTable, Row
 from profilers.build import table_lock
 from profilers.graphs import emit, random_parameters
@@ -393,6 +393,24 @@ def test_a_recipe_that_is_none_is_refused_before_it_is_compared(run: Run) -> Non
     ):
         with pytest.raises(InvalidInput, match=words):
             request_fields(run, {"recipe": value})
+
+
+# ---- data without images
+
+
+def test_a_space_of_classes_alone_is_priced_but_not_trained(tmp_path: Path) -> None:
+    job = job_in(tmp_path, data="none:7", image_size=32)
+    assert (job.splits.classes, job.splits.channels) == (7, 3)
+    assert job.space.input == Tensor(3, 32, 32)
+    assert job.space.lattice.ops[-1].output.channels == 7
+    table_of(job).save(job.table_path)
+    assert job.latency_range().smallest > 0
+    with pytest.raises(InvalidInput) as caught:
+        job.check_images()
+    assert caught.value.what == "--data none:7 has no images to train on."
+    assert "digits" in caught.value.accepted
+    assert "none" not in caught.value.accepted
+    job_in(tmp_path).check_images()
 
 
 # ---- the table

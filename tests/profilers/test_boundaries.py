@@ -19,7 +19,7 @@ from hwnas.spaces.registry import load_space
 from latency_tables.boundaries import chain_key, probes
 from latency_tables.ops import OpSpec
 from profilers.graphs import emit, random_parameters
-from profilers.ort import session_options
+from profilers.ort_session import session_options
 
 REORDERS = ("ReorderInput", "ReorderOutput")
 EXAMPLES = Path(__file__).parents[2] / "examples"

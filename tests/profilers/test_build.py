@@ -288,8 +288,9 @@ def test_only_boundaries_that_no_chain_crosses_yet_are_measured_later(path: Path
     stem, coded, floating, after, last = CHAINED
     table = build_rows(Watched(), [after, last], path, PROTOCOL)
     assert set(table.chains) == {chain_key((after, last))}
-    more = conv_norm_activation(after.output, 24, kernel=3, precision=W8A8)
+    more = conv_norm_activation(after.output, 2, kernel=1, precision=W8A8)
     assert more.boundary == last.boundary
+    assert more.macs < last.macs, "it would have been the end of the chain"
     second = Watched()
     build_rows(second, [stem, after, last, more], path, PROTOCOL)
     assert set(second.measured) == {stem.key, more.key}, "the boundary before `more` is known"
@@ -300,6 +301,17 @@ def test_only_boundaries_that_no_chain_crosses_yet_are_measured_later(path: Path
         *map(chain_key, [(stem, coded), (stem, floating), (stem, coded, after)]),
     }  # fmt: skip
     assert missing_chains(table, CHAINED) == []
+
+
+def test_a_chain_that_is_there_is_the_head_of_a_longer_one_without_being_measured_again(
+    path: Path,
+) -> None:
+    stem, coded, _, after, _ = CHAINED
+    build_rows(Watched(), [stem, coded], path, PROTOCOL)
+    profiler = Watched()
+    table = build_rows(profiler, [stem, coded, after], path, PROTOCOL)
+    assert set(profiler.measured) == {after.key, chain_key((stem, coded, after))}
+    assert table.savings_us().keys() == {coded.boundary, after.boundary}
 
 
 def test_what_is_missing_is_ops_first_then_chains_each_behind_its_head(path: Path) -> None:
@@ -410,6 +422,16 @@ def test_a_build_that_is_not_told_of_a_network_takes_the_rounds_alone(path: Path
     profiler = Noisy(SWINGS)
     build_rows(profiler, OPS, path, PROTOCOL)
     assert set(blocks_of(profiler).values()) == {PROTOCOL.rounds}
+
+
+def test_rounds_are_taken_also_where_there_are_more_than_the_most_for_noisy_rows(
+    path: Path,
+) -> None:
+    """A recipe that asks for many rounds need not say both."""
+    protocol = replace(PROTOCOL, rounds=5, max_rounds=4)
+    profiler = Noisy(SWINGS)
+    build_rows(profiler, OPS, path, protocol, network_us=NETWORK_US)
+    assert blocks_of(profiler) == {op.key: 5 for op in OPS}
 
 
 def test_only_the_wide_rows_are_in_the_extra_rounds_each_in_an_order_of_its_own(

@@ -31,7 +31,7 @@ from profilers import bundle_runner
 from profilers.bundle import CARRIED, Graph, Identity, keys_hash, read_result, write_bundle
 from profilers.bundle_runner import FORMAT, JOURNAL, MANIFEST, RESULT, Bundle, Refusal
 from profilers.graphs import emit, expected_operators, random_parameters
-from profilers.measure import Protocol
+from profilers.measure import Protocol, shuffled
 from profilers.ort import OrtProfiler
 from profilers.ort_session import executed_operators, session_options
 from quant.errors import InvalidInput, TableError
@@ -286,7 +286,12 @@ def test_everything_is_timed_in_rounds_and_told_with_its_machine(
     assert header["identity"] == asdict(identity())
     assert header["host"] == asdict(OrtProfiler(threads=1, batch=2).host())
     keys = [key for key, _ in blocks]
-    assert keys == list(ROWS) * PROTOCOL.rounds + list(NETWORKS) * PROCESSES
+    assert keys == [
+        key
+        for kind, turns in ((ROWS, PROTOCOL.rounds), (NETWORKS, PROCESSES))
+        for turn in range(turns)
+        for key in shuffled(kind, turn)
+    ]
     whole = path.read_bytes()
     content = whole[: whole[:-1].rfind(b"\n") + 1]
     assert footer == {"blocks": BLOCKS, "sha256": hashlib.sha256(content).hexdigest()}
@@ -653,7 +658,7 @@ def test_more_blocks_and_samples_of_more_columns_are_taken_as_they_are(
     measured: tuple[Path, tuple[int, str, str]], tmp_path: Path
 ) -> None:
     header, *blocks = lines_of(measured[0])[:-1]
-    wide = [[key, [[x, x + 1] for x in samples]] for key, samples in blocks]
+    wide = [[key, [[*x, x[0] + 1] for x in samples]] for key, samples in blocks]
     path = sealed(tmp_path / "r", [header, *wide, wide[0]])
     result = read_result(path, identity(), ROWS, NETWORKS)
     first = result.blocks[blocks[0][0]]
