@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
@@ -37,6 +38,7 @@ from quant.precision import Runtime
 ROOT = Path(__file__).parents[2]
 SPACE = f"{ROOT / 'examples' / 'own_space.py'}:space"
 SMALL = ("--space", SPACE, "--recipe", "smoke")
+SCHEMA = json.loads((ROOT / "docs" / "output.schema.json").read_text())
 TAIL = 1.5
 """How many times the usual one the slowest calls take."""
 Commands = Callable[..., Any]
@@ -119,6 +121,11 @@ def job(folder: Path) -> Job:
 
 def search(hwnas_in: Commands, folder: Path, *flags: str) -> Any:
     return hwnas_in(folder, "search", *SMALL, *flags, "--run", "run", "--json")
+
+
+def assert_valid(name: str, content: Any) -> None:
+    part = {"$ref": f"#/$defs/{name}", "$defs": SCHEMA["$defs"]}
+    jsonschema.Draft202012Validator(part).validate(content)
 
 
 def middle(job: Job, name: str, share: float = 0.5) -> float:
@@ -328,6 +335,8 @@ def test_every_shipped_file_meets_the_limits_of_both_devices(
             assert slower * measured_ms(finalist, device) <= values[device] * (1 + 1e-3)
 
     before = (file.read_bytes(), (folder / told["certificate"]).read_bytes())
+    assert_valid("search", told)
+
     again = search(hwnas_in, folder, *flags)
     assert again.content == told, "the same flags answer the same"
     assert (file.read_bytes(), (folder / told["certificate"]).read_bytes()) == before
@@ -337,6 +346,9 @@ def test_every_shipped_file_meets_the_limits_of_both_devices(
     assert verified.code == 0, verified.told
     assert verified.content["holds"] == certificate["holds"]
     assert verified.content["measured_under"] == told["measured_under"]
+    assert_valid("verify", verified.content)
+    report = (folder / told["report"]).read_text()
+    assert f"{'p95, ' * (percentile == 95)}twin), bound " in report
     printed = hwnas_in(folder, "verify", "--run", "run")
     assert f"{values['twin']:.4g} ms ({'p95, ' * (percentile == 95)}twin): holds" in printed.out
     assert printed.out.count("measured ") == 1 + len(others)
@@ -438,6 +450,7 @@ def test_limits_that_no_network_meets_on_the_other_device_name_it(
     answer = search(hwnas_in, folder, *asked)
     name = "latency_p95_ms@twin" if flags else "latency_ms@twin"
     assert answer.code == 3
+    assert_valid("failure", answer.content)
     assert name in answer.content["error"]["what"]
     found = job.under(name).latency_range()
     assert answer.content["feasible_min"][name] == pytest.approx(found.smallest)

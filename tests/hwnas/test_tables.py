@@ -269,6 +269,7 @@ def latency(job: Job, genes: Sequence[int]) -> float:
     return float(job.latency.predict(float(job.latency.totals(job.space, pair)[0])))
 
 
+@pytest.mark.filterwarnings("ignore:An input array is constant")
 def test_a_rank_that_is_not_defined_is_null(folder: Path) -> None:
     alike = [MeasuredNetwork((("fp32", 10.0),), 10.0, 10.0)] * 5
     model = LatencyModel({"fp32": 1.0}, 0.0, 0.0, 1.0, 0.9, Quality(5, 0, 0, 1, 1, 1, 1, 1))
