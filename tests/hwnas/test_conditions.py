@@ -3,8 +3,9 @@ which networks meet them, what ships and what is told of it.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import hwnas.job
 from hwnas.conditions import LATENCY, Condition, condition
 from hwnas.costs.feasible import FeasibleSet
 from hwnas.history import History
@@ -30,7 +32,7 @@ from latency_tables.percentiles import PERCENTILES
 from profilers import devices
 from profilers.base import Profiler
 from profilers.graphs import read_ops
-from profilers.measure import Protocol, Samples
+from profilers.measure import Measurement, Protocol, Samples
 from profilers.simulated import CALL_US, SimulatedProfiler, SimulatedSession, op_us
 from quant.errors import InvalidInput
 from quant.precision import Runtime
@@ -398,6 +400,37 @@ def test_a_median_and_a_percentile_are_other_questions(
     low = [next(iter(each["feasible_min"].values())) for each in told]
     assert low == sorted(low), "the higher the percentile, the larger the bounds"
     assert low[2] > 1.4 * low[0]
+
+
+@pytest.mark.parametrize("device", ["", "twin"])
+def test_a_limit_holds_of_its_own_percentile_and_device_alone(
+    device: str, folder: Path, job: Job, hwnas_in: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where calls are slow that the median does not see, nothing ships."""
+    asked = Condition(device, 95)
+    value = float(f"{middle(job, asked.name, 0.55):.4g}")
+    flags = ("--device", "simulated", "--latency-ms", f"{device or 'simulated'}={value!r}")
+    measure = hwnas.job.measure
+
+    def slow_calls(there: Job, paths: Sequence[Path]) -> list[Measurement]:
+        found = measure(there, paths)
+        if there.percentile == 50:
+            return [replace(m, p95_us=1e6 * value) for m in found]
+        assert there.request.device == (device or "simulated")
+        return [replace(m, latency_us=1000 * value * 1.001) for m in found]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hwnas.ship.measure", slow_calls)
+        answer = search(hwnas_in, folder, *flags, "--percentile", "95")
+        assert answer.code == 4
+        assert f"measure over {asked.name}=" in answer.content["error"]["what"]
+        assert search(hwnas_in, folder, *flags).code == 0, "their medians are under it"
+    again = search(hwnas_in, folder, *flags, "--percentile", "95")
+    assert again.code == 0
+    monkeypatch.setattr("hwnas.ship.measure", slow_calls)
+    verified = hwnas_in(folder, "verify", "--run", "run", "--json")
+    assert (verified.code, verified.content["status"]) == (4, "failed")
+    assert verified.content["holds"] == {asked.name: False}
 
 
 # ---- what is refused
