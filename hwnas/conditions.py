@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from latency_tables.percentiles import MEDIAN
+from latency_tables.percentiles import MEDIAN, PERCENTILES
 
 LATENCY = "latency_ms"
 
@@ -29,10 +29,14 @@ class Condition:
 
 
 def condition(name: str) -> Condition | None:
-    """The condition that a cost's name stands for; None for a cost that is no latency.
+    """The condition that a cost's name stands for; None for a cost that is no latency, or one at a
+    percentile that is not known.
 
     >>> condition("latency_p95_ms"), condition("params")
     (Condition(device='', percentile=95), None)
     """
-    found = _NAME.fullmatch(name)
-    return Condition(found[2] or "", int(found[1] or MEDIAN)) if found else None
+    if (found := _NAME.fullmatch(name)) is None:
+        return None
+    asked = Condition(found[2] or "", int(found[1] or MEDIAN))
+    known = asked.percentile in (MEDIAN, *PERCENTILES) and asked.name == name
+    return asked if known else None

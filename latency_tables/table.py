@@ -190,8 +190,8 @@ class LatencyTable:
                 next_step="profile again",
             )
         try:
-            if any(data[item.name].null_count for item in _ROW):
-                raise TableError(f"{path} has empty cells.", next_step="profile again")
+            if empty := _first_empty_cell(data):
+                raise TableError(f"It has empty cells, the first {empty}.")
             rows = [Row(**record) for record in data.select([i.name for i in _ROW]).to_pylist()]
             models = {name: LatencyModel.from_dict(m) for name, m in meta["models"].items()}
             single = [len(json.loads(row.ops)) == 1 for row in rows]
@@ -201,16 +201,37 @@ class LatencyTable:
                 {row.key: row for row, alone in zip(rows, single, strict=True) if alone},
                 models,
                 {row.key: row for row, alone in zip(rows, single, strict=True) if not alone},
-                float(meta["pace_us"]),
+                _pace_us(meta["pace_us"]),
                 meta["reports"],
             )
         except TableError as error:
-            raise TableError(f"{path}: {error}") from error
+            raise TableError(
+                f"{path}: {error.what}",
+                accepted=error.accepted,
+                next_step=error.next_step or "profile again",
+            ) from error
         except (AttributeError, TypeError, KeyError, ValueError) as error:
             raise TableError(
                 f"{path} does not read as a table of version {FORMAT_VERSION}: {error}.",
                 next_step="profile again",
             ) from error
+
+
+def _pace_us(value: Any) -> float:
+    if not (math.isfinite(pace := float(value)) and pace > 0):
+        raise TableError(f"Its pace_us is {value}.", accepted="a positive number of microseconds")
+    return pace
+
+
+def _first_empty_cell(data: pa.Table) -> str:
+    """Where a cell is empty: its column, and its row by key or by number; "" where none is."""
+    for item in _ROW:
+        if data[item.name].null_count:
+            place = data[item.name].to_pylist().index(None)
+            key = data["key"][place].as_py()
+            row = f"number {place + 1}" if key is None else repr(key)
+            return f"in the column {item.name!r} of the row {row}"
+    return ""
 
 
 _ROW = fields(Row)

@@ -1,13 +1,18 @@
 """The documents say what the code does."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from typer.main import get_command
 
 from hwnas.cli import app
-from hwnas.recipes import RECIPES
+from hwnas.recipes import RECIPES, CalibrationRecipe
+from latency_tables.model import COVERAGE
+from latency_tables.percentiles import MEDIAN, PERCENTILES
+from latency_tables.table import Row
+from profilers.measure import Protocol
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -26,6 +31,33 @@ def test_every_command_is_in_the_readme() -> None:
         assert re.search(rf"\b{name}\b", README), name
 
 
+def test_every_command_on_tables_is_in_both_documents() -> None:
+    for name in COMMANDS["tables"].commands:
+        for document in ("commands.md", "tables.md"):
+            assert f"hwnas tables {name} " in (ROOT / "docs" / document).read_text(), name
+
+
+def test_the_columns_and_numbers_of_the_tables_document_are_those_of_the_code() -> None:
+    text = (ROOT / "docs" / "tables.md").read_text()
+    head = text[: text.index("## How a row")]
+    named = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", head, re.MULTILINE)))
+    assert named == [item.name for item in fields(Row)]
+    p, counts = Protocol(), CalibrationRecipe()
+    for words in (
+        f"a warm-up of {p.warmup_ms:g} ms, then calls for {p.block_ms:g} ms "
+        f"({p.min_runs} at least, {p.max_runs} at most)",
+        f"After {p.rounds} rounds",
+        f"above {p.tolerance:.1%}",
+        f"up to {p.max_rounds}.",
+        f"each in {RECIPES['quick'].processes} fresh processes",
+        f"{counts.fit} fit factors, constant and offset; {counts.bound} others set the ratio; "
+        f"{counts.test} further ones",
+        f"with probability {COVERAGE:g}",
+        f"({', '.join(map(str, (MEDIAN, *PERCENTILES)))})",
+    ):
+        assert words.replace("%", " %") in " ".join(text.split()), words
+
+
 DOCUMENTS = [
     "README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", *(f"docs/{p.name}" for p in DOCS)
 ]  # fmt: skip
@@ -34,9 +66,10 @@ DOCUMENTS = [
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_line_in_a_document_parses(document: str) -> None:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
-    for line in re.findall(r"^hwnas (\w+)([^\n#|]*)", "".join(blocks), re.MULTILINE):
-        name, rest = line
-        options = {flag for option in COMMANDS[name].params for flag in option.opts}
+    for line in re.findall(r"^hwnas (\w+) ?(\w*)([^\n#|]*)", "".join(blocks), re.MULTILINE):
+        name, second, rest = line
+        command = getattr(COMMANDS[name], "commands", {}).get(second, COMMANDS[name])
+        options = {flag for option in command.params for flag in option.opts}
         assert set(re.findall(r"--[\w-]+", rest)) <= options, line
 
 

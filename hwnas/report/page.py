@@ -106,6 +106,8 @@ def limit_text(cost: str, value: float) -> str:
 def _limit(summary: dict[str, Any], cost: str) -> str:
     limit = summary["limits"][cost]
     text = limit_text(cost, limit["value"])
+    if condition(cost) is not None and cost != LATENCY:  # the row `bound` is of the device's median
+        text += f", bound {number(limit['upper'])} ms"
     if limit["binding"]:
         return text
     low, high = summary["feasible_min"][cost], summary["feasible_max"][cost]
