@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 SPACE = f"{ROOT / 'examples' / 'own_space.py'}:space"
 SMALL = ("--space", SPACE, "--device", "simulated", "--recipe", "smoke")
 COMMANDS = get_command(cli.app).commands  # type: ignore[attr-defined]
-EVERY = [*COMMANDS, "tables show"]
+EVERY = [*COMMANDS, *(f"tables {name}" for name in COMMANDS["tables"].commands)]
 Answer = Any  # of conftest.py, as `hwnas_in` gives it
 Commands = Callable[..., Answer]
 
@@ -116,8 +116,8 @@ def test_every_command_has_help_with_an_example_that_parses(
     assert f"{program} {' '.join(words)}".startswith(f"hwnas {command}")
     parsed = COMMANDS[words[0]]
     rest = words[1:]
-    if command == "tables show":
-        parsed, rest = parsed.commands["show"], words[2:]
+    if " " in command:
+        parsed, rest = parsed.commands[words[1]], words[2:]
     with parsed.make_context(command, list(rest)) as context:
         given = {name: value for name, value in context.params.items() if value}
     assert len(given) >= len(rest) // 2, f"{example} parses as {given}"
@@ -155,7 +155,7 @@ def completed(line: str, folder: Path, shell: str = "bash") -> list[str]:
     [
         ("hwnas ", sorted(COMMANDS)),
         ("hwnas pr", ["predict", "profile"]),
-        ("hwnas tables ", ["show"]),
+        ("hwnas tables ", ["check", "diff", "export", "merge", "show"]),
         ("hwnas search --space ", ["mobile", "mobile-tiny"]),
         ("hwnas profile --device s", ["simulated"]),
         ("hwnas train --recipe s", ["smoke", "standard"]),

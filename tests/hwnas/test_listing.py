@@ -197,8 +197,11 @@ def test_everything_in_a_table_is_told(tmp_path: Path) -> None:
         "table": str(path),
         "host": asdict(HOST),
         "protocol": {"rounds": 5},
-        "models": {"a space": MODEL.to_dict()},
+        "models": {"a space": json_of(MODEL.to_dict())},
+        "reports": {},
+        "pace_us": table.pace_us,
         "rows": [asdict(row) for row in table.rows.values()],
+        "chains": [asdict(row) for row in table.chains.values()],
     }
     with pytest.raises(TableError, match="There is no table"):
         listing.table(tmp_path / "absent.parquet")
