@@ -35,7 +35,7 @@ class Protocol:
     """
 
     rounds: int = 5
-    max_rounds: int = 15
+    max_rounds: int = 10
     tolerance: float = 0.005
     warmup_ms: float = 2.0
     pace_ms: float = 1.0

@@ -15,6 +15,7 @@ from hwnas.calibration import (
     fitted,
     measured_networks,
     model_files,
+    network_models,
 )
 from hwnas.recipes import CalibrationRecipe, recipe
 from hwnas.spaces.base import SearchSpace
@@ -81,9 +82,10 @@ def test_a_space_gives_no_more_networks_than_it_has(few: SearchSpace) -> None:
 def test_files_of_networks_hold_their_ops_and_go_with_the_block(small: SearchSpace) -> None:
     chains = [small.lower(architecture) for architecture in draw(small, 3)]
     told: list[tuple[int, int]] = []
-    with model_files(
+    models = network_models(
         chains, SimulatedProfiler(), lambda _, done, of: told.append((done, of))
-    ) as paths:
+    )
+    with model_files(models) as paths:
         assert [tuple(read_ops(onnx.load(path))) for path in paths] == chains
     assert told == [(1, 3), (2, 3), (3, 3)]
     assert not any(path.exists() for path in paths)
