@@ -46,7 +46,7 @@ from quant.errors import HwnasError, InvalidInput, TableError
 from quant.precision import Format, Precision
 
 FP32, W8A8 = Precision("fp32"), Precision("w8a8")
-PROTOCOL = Protocol(rounds=3, warmup_ms=0.5, block_ms=1.0, min_runs=4, max_runs=20)
+PROTOCOL = Protocol(rounds=3, max_rounds=15, warmup_ms=0.5, block_ms=1.0, min_runs=4, max_runs=20)
 JOURNALLED_US = 1e-3
 """The journal and the measuring processes write microseconds with three decimals."""
 
