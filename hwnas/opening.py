@@ -209,7 +209,7 @@ def announce_noise(space: "SearchSpace", table: "LatencyTable", path: Path, scre
     ops = space.lattice.ops
     unstable = sum(not table.lookup(op).stable for op in ops)
     if unstable > len(ops) / 10:
-        causes = hwnas.run.disturbances() or ["other processes were using the cores"]
+        causes = hwnas.run.disturbances() or ["the machine was not steady while it was measured"]
         screen.say(
             f"{unstable} of {len(ops)} ops were measured with a wide spread: {'; '.join(causes)}. "
             f"Remove {path} and measure again on a quiet machine for a tighter bound."
