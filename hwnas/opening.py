@@ -167,9 +167,9 @@ def _measured(
         else:
             screen.say(f"Before measuring: {text} (the smallest and the largest, timed once).")
     announce_profile(there, plan, screen)
-    hwnas.run.profile(there)
+    table = there.table  # measured now where it is missing
     if plan.missing or plan.networks:
-        announce_noise(there.space, there.table, there.table_path, screen)
+        announce_noise(there.space, table, there.table_path, screen)
     elif not screen.quiet:
         _announce_drift(there, screen)
 

@@ -25,7 +25,6 @@ from hwnas.job import (
     flag_of,
     is_profiled,
     plan,
-    profile,
     request_fields,
     request_of,
 )
@@ -49,12 +48,11 @@ from profilers.recheck import drift
 from quant.errors import Unstable
 
 __all__ = [
-    "LIMITS", "FeasibleSet", "Job", "Request", "check_limits", "disturbances",
-    "drift", "estimate", "export", "feasible_range", "flag_of", "is_profiled", "is_stable",
-    "limit_text", "limits_name", "list_runs", "measured_rows", "number", "open_run", "plan",
-    "profile", "read_limits", "read_run", "remeasure", "request_fields", "request_of",
-    "result_rows", "retrain_finalists", "search", "search_to_certificate", "told_measured",
-    "torch_accuracy", "train", "verify",
+    "LIMITS", "FeasibleSet", "Job", "Request", "check_limits", "disturbances", "drift",
+    "estimate", "export", "feasible_range", "flag_of", "is_profiled", "is_stable", "limit_text",
+    "limits_name", "list_runs", "measured_rows", "number", "open_run", "plan", "read_limits",
+    "read_run", "remeasure", "request_fields", "request_of", "result_rows", "retrain_finalists",
+    "search", "search_to_certificate", "told_measured", "torch_accuracy", "train", "verify",
 ]  # fmt: skip
 
 MEASURED = ("measured", "measured_under")

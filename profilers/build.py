@@ -119,17 +119,14 @@ def build_rows(
             progress(
                 "checking that every op runs in its declared kernels", number + 1, len(missing)
             )
+        wide = list(missing)
         for turn in range(max(protocol.rounds, protocol.max_rounds)):
-            wide = [
-                key
-                for key in missing
-                if turn < protocol.rounds
-                or not _is_narrow(journal.blocks[key], protocol, network_us)
-            ]
-            wide = shuffled(wide, turn)
+            if turn >= protocol.rounds:  # what is narrow once has no more blocks, and stays so
+                blocks = journal.blocks
+                wide = [k for k in wide if not _is_narrow(blocks[k], protocol, network_us)]
             label = "timing ops" if turn < protocol.rounds else "timing noisy ops again"
             total = protocol.rounds * len(missing) if turn < protocol.rounds else len(wide)
-            for number, key in enumerate(wide):
+            for number, key in enumerate(shuffled(wide, turn)):
                 if journal.count(key) <= turn:
                     with profiler.prepare(files[key]) as session:
                         journal.add(key, session.block(protocol))
