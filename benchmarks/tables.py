@@ -34,7 +34,7 @@ from hwnas.costs.population import genes_of
 from hwnas.job import Job, Request
 from hwnas.quality import SEED, held_against
 from hwnas.search.evolution import Evolution
-from latency_tables.model import MeasuredNetwork, quality
+from latency_tables.model import MeasuredNetwork, predict_us, quality
 from profilers.build import build_rows, measure_models, row_model
 from profilers.host import pinned
 from profilers.measure import summarise
@@ -147,7 +147,7 @@ def ways(job, table, calibration, chains, held_out, held_chains):
         fit = [priced(n, ops, costs) for n, ops in zip(calibration, chains, strict=True)]
         test = [priced(n, ops, costs) for n, ops in zip(held_out, held_chains, strict=True)]
         model = fitted(fit, job.recipe.calibration)
-        predicted = np.array([1000 * model.predict_ms(additive(model, n)) for n in test])
+        predicted = np.array([predict_us(model, n) for n in test])
         true = np.array([n.latency_us for n in test])
         found[name] = told(predicted, true)
         used = job.recipe.calibration.fit
@@ -204,7 +204,7 @@ def refined(model, fit, fit_chains, test, test_chains, costs):
                 result[row, places[op.key]] += costs[op.key]
         return result
 
-    plain = np.array([1000 * model.predict_ms(additive(model, n)) for n in (*fit, *test)])
+    plain = np.array([predict_us(model, n) for n in (*fit, *test)])
     true = np.array([n.latency_us for n in fit])
     mine = parts_us(fit_chains) / true[:, None]
     kernel = REFINED**2 * mine @ mine.T + 0.01**2 * np.eye(len(fit))

@@ -20,7 +20,7 @@ from hwnas.calibration import (
 )
 from hwnas.job import Job, is_profiled
 from hwnas.spaces.base import Architecture
-from latency_tables.model import LatencyModel, MeasuredNetwork, quality, quality_of
+from latency_tables.model import LatencyModel, MeasuredNetwork, predict_us, quality, quality_of
 from latency_tables.ops import FUSED_ACTIVATIONS, Layer, OpSpec, total
 from latency_tables.table import LatencyTable
 from profilers.build import build_rows, measure_models, table_lock
@@ -86,7 +86,7 @@ def held_against(
     a network, by the latency: its mean, and its standard deviation.
     """
     found = quality_of(model, first)
-    predicted, _ = _predicted_and_true(model, first)
+    predicted = np.array([predict_us(model, network) for network in first])
     seen = np.array([network.observed_us for network in first])
     sums = np.array([sum(us for _, us in network.rows) for network in first])
     ratios = sums / np.array([network.latency_us for network in first])
@@ -139,14 +139,6 @@ def _floor(first: Sequence[MeasuredNetwork], second: Sequence[MeasuredNetwork]) 
     one, other = (np.array([n.latency_us for n in each]) for each in (first, second))
     found = quality(one, other, 0.0)
     return {name: getattr(found, name) for name in ("mean_error", "worst_error", "tau")}
-
-
-def _predicted_and_true(
-    model: LatencyModel, networks: Sequence[MeasuredNetwork]
-) -> tuple[Floats, Floats]:
-    sums = [sum(model.op_cost_us(p, us) for p, us in network.rows) for network in networks]
-    predicted = np.array([1000 * model.predict_ms(additive) for additive in sums])
-    return predicted, np.array([network.latency_us for network in networks])
 
 
 def _step(job: Job, architectures: Sequence[Architecture]) -> float:

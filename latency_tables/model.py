@@ -180,7 +180,7 @@ def calibrate(
         coverage=0.0,
         quality=Quality(0, 0, 0, 0, 0, 0, 0, 0),
     )
-    predicted = np.array([_predict_us(plain, network) for network in bound])
+    predicted = np.array([predict_us(plain, network) for network in bound])
     rank = min(len(bound), math.ceil(COVERAGE * (len(bound) + 1)))
 
     def usual_and_upper(observed: Sequence[float]) -> tuple[float, float]:
@@ -199,7 +199,7 @@ def calibrate(
 
 def quality_of(model: LatencyModel, networks: Sequence[MeasuredNetwork]) -> Quality:
     """How a model does on networks that it has not seen."""
-    predicted = np.array([_predict_us(model, network) for network in networks])
+    predicted = np.array([predict_us(model, network) for network in networks])
     observed = np.array([network.observed_us for network in networks])
     true = np.array([network.latency_us for network in networks])
     return quality(predicted, true, float((observed <= model.upper_ratio * predicted).mean()))
@@ -225,5 +225,6 @@ def _features(network: MeasuredNetwork, precisions: list[str]) -> list[float]:
     return [*sums, float(len(network.rows)), 1.0]
 
 
-def _predict_us(model: LatencyModel, network: MeasuredNetwork) -> float:
+def predict_us(model: LatencyModel, network: MeasuredNetwork) -> float:
+    """The median latency that a model predicts for a network."""
     return model.offset_us + sum(model.op_cost_us(p, us) for p, us in network.rows)

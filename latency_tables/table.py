@@ -25,6 +25,7 @@ from quant.errors import TableError
 
 FORMAT_VERSION = 2
 _META = b"hwnas"
+_TIMES = ("median_us", "low_us", "high_us", "min_us", "p95_us")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Row:
     stable: bool
 
     def __post_init__(self) -> None:
-        for name in ("median_us", "low_us", "high_us", "min_us", "p95_us"):
+        for name in _TIMES:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise TableError(
@@ -60,8 +61,7 @@ class Row:
 
     def scaled(self, factor: float) -> "Row":
         """The row with all its times multiplied."""
-        times = ("median_us", "low_us", "high_us", "min_us", "p95_us")
-        return replace(self, **{name: factor * getattr(self, name) for name in times})
+        return replace(self, **{name: factor * getattr(self, name) for name in _TIMES})
 
     @property
     def chain(self) -> Chain:
