@@ -35,6 +35,7 @@ from hwnas.job import Job, Request
 from hwnas.quality import SEED, held_against
 from hwnas.search.evolution import Evolution
 from latency_tables.model import MeasuredNetwork, predict_us, quality
+from latency_tables.percentiles import MEDIAN
 from profilers.build import build_rows, measure_models, row_model
 from profilers.host import pinned
 from profilers.measure import summarise
@@ -213,41 +214,66 @@ def refined(model, fit, fit_chains, test, test_chains, costs):
 
 
 def under_limits(job, table, model, count, evaluations):
-    """The network with the most MACs under each of some limits, exported and measured."""
-    cost, macs = latency_cost(job.space, table, model), counted_cost(job.space, "macs")
-    found = reachable(job.space, cost)
+    """The network with the most MACs under each of some limits, exported and measured.
+
+    In turns spread over the range, as searches follow each other: what a turn measures joins the
+    calibration before the next. `use` is of what the limit was when it was searched for.
+    """
+    found = reachable(job.space, latency_cost(job.space, table, model))
     values = np.geomspace(1.05 * found.smallest, 0.9 * found.largest, count)
-    best = []
-    for value in values.tolist():
-        strategy, score = Evolution(FeasibleSet(job.space, [Limit(cost, value)]), seed=0), {}
-        while len(score) < evaluations and (asked := strategy.ask(50)):
-            told = [(m,) for m in macs.totals(job.space, genes_of(asked)).tolist()]
-            strategy.tell(asked, told)
-            score |= dict(zip(asked, told, strict=True))
-        best.append(max(score, key=score.__getitem__))
-    chains = [list(job.space.lower(architecture)) for architecture in best]
-    first, second = (networks_of(job, table, chains, timed(job, chains)) for _ in range(2))
-    rows = [
-        {
-            "limit_ms": value,
-            "upper_ms": model.upper_ms(additive(model, one)),
-            "measured_ms": one.observed_us / 1000,
-            "again_ms": two.observed_us / 1000,
-        }
-        for value, one, two in zip(values.tolist(), first, second, strict=True)
-    ]
+    turns, rows, chains = max(1, count // 10), [], []
+    for turn in range(turns):
+        bounded = model.at(MEDIAN)
+        asked = values[turn::turns].tolist()
+        best = [most_macs(job, table, bounded, value, evaluations) for value in asked]
+        mine = [list(job.space.lower(architecture)) for architecture in best]
+        for value, architecture, one in zip(
+            asked, best, networks_of(job, table, mine, timed(job, mine)), strict=True
+        ):
+            cost_us, name = additive(model, one), " ".join(map(str, architecture.genes))
+            rows.append({
+                "turn": turn,
+                "limit_ms": value,
+                "upper_ms": bounded.upper_ms(cost_us),
+                "predicted_ms": bounded.predict_ms(cost_us),
+                "measured_ms": one.observed_us / 1000,
+                "paced_ms": one.latency_us / 1000,
+            })  # fmt: skip
+            model = model.joined(MEDIAN, name, one.observed_us / 1000, cost_us)
+        chains += mine
+    for row, again in zip(rows, networks_of(job, table, chains, timed(job, chains)), strict=True):
+        row["again_ms"] = again.observed_us / 1000
     use = np.array([row["measured_ms"] / row["limit_ms"] for row in rows])
     apart = np.array([abs(row["again_ms"] / row["measured_ms"] - 1) for row in rows])
+    paced = np.array([row["paced_ms"] / row["predicted_ms"] for row in rows])
     figures = {
         "count": count,
         "median_use": float(np.median(use)),
         "most_use": float(use.max()),
         "over": int((use > 1).sum()),
         "repeatability": float(np.percentile(apart, 95)),
-        "coverage_searched": coverage([r["measured_ms"] for r in rows],
-                                      [r["upper_ms"] for r in rows]),
-    }  # fmt: skip
+        "paced_bias": float(np.median(paced) - 1),
+        "upper_ratio_after": model.at(MEDIAN).upper_ratio,
+        "coverage_searched": held_bounds(rows),
+        "coverage_once_joined": held_bounds([row for row in rows if row["turn"]] or rows),
+    }
     return figures, rows
+
+
+def most_macs(job, table, model, limit_ms, evaluations):
+    """The network with the most MACs that a search finds under a limit."""
+    cost, macs = latency_cost(job.space, table, model), counted_cost(job.space, "macs")
+    strategy, score = Evolution(FeasibleSet(job.space, [Limit(cost, limit_ms)]), seed=0), {}
+    while len(score) < evaluations and (asked := strategy.ask(50)):
+        told = [(m,) for m in macs.totals(job.space, genes_of(asked)).tolist()]
+        strategy.tell(asked, told)
+        score |= dict(zip(asked, told, strict=True))
+    return max(score, key=score.__getitem__)
+
+
+def held_bounds(rows):
+    """How often the bounds of searched networks held."""
+    return coverage([row["measured_ms"] for row in rows], [row["upper_ms"] for row in rows])
 
 
 def band(figures):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +17,11 @@ from hwnas.calibration import calibrated
 from hwnas.conditions import LATENCY, Condition, condition
 from hwnas.costs.feasible import FeasibleSet, Range, reachable
 from hwnas.costs.limits import AdditiveCost, Cost, Limit, counted_cost, latency_cost, size_cost
+from hwnas.costs.population import genes_of
 from hwnas.data import Splits
 from hwnas.methods.registry import method
 from hwnas.recipes import Recipe, recipe
-from hwnas.spaces.base import SearchSpace
+from hwnas.spaces.base import Architecture, SearchSpace
 from hwnas.spaces.registry import image_size, load_space
 from hwnas.store import RUN_TABLE, Run, RunConfig
 from latency_tables.model import LatencyModel
@@ -78,8 +80,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `profile` will do: rows to measure, and about how long all of it takes. `probe_ms` is
-    what the smallest and the largest network (by MACs) take, timed once; zero where all is there.
+    """What `profile` will do: rows to measure, of ops and of chains of them, and about how long all
+    of it takes. `probe_ms` is what the smallest and the largest network (by MACs) take, timed once;
+    zero where all is there.
     """
 
     rows: int
@@ -178,17 +181,22 @@ class Job:
 
     @cached_property
     def table_id(self) -> str:
-        """A hash of what the table predicts for this space: rows and model."""
+        """A hash of what the table predicts for this space: rows and model, as first measured."""
         ops = self.space.lattice.ops
         inside = zip(ops, self.table.in_network_us(ops), strict=True)
         rows = [(op.key, us) for op, us in inside]
-        text = json.dumps([rows, self.model.to_dict()])
+        text = json.dumps([rows, self._first_model.to_dict()])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def model(self) -> LatencyModel:
         """What the table predicts for this space."""
         return self.table.models[self.model_name].at(self.percentile)
+
+    @property
+    def _first_model(self) -> LatencyModel:
+        """The same before any search: what must not move with what searches measure."""
+        return self.table.models[self.model_name].apart.at(self.percentile)
 
     @cached_property
     def latency(self) -> AdditiveCost:
@@ -219,6 +227,12 @@ class Job:
         if name not in self._costs:
             self._costs[name] = self._cost(name)
         return self._costs[name]
+
+    def bounded(self, name: str, upper_ratio: float) -> Cost:
+        """A latency, held to lie at most so far above its prediction."""
+        there = self.under(name)
+        model = replace(there.model, upper_ratio=upper_ratio)
+        return replace(latency_cost(there.space, there.table, model), name=name)
 
     def _cost(self, name: str) -> Cost:
         if condition(name) is not None:
@@ -268,6 +282,10 @@ class Job:
         """The smallest and largest upper bound that the space can reach."""
         return reachable(self.space, self.latency)
 
+    def first_range(self) -> Range:
+        """The same before any search: a fraction of the way through it stays where it is."""
+        return reachable(self.space, latency_cost(self.space, self.table, self._first_model))
+
 
 def check_limits(values: Mapping[str, float]) -> None:
     """Raise InvalidInput for an unknown cost, and for a value that is not positive."""
@@ -314,17 +332,18 @@ def request_fields(run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
 def plan(job: Job) -> Plan:
     """What is missing from the table, and how long measuring it will take."""
     protocol, ops = job.recipe.protocol, job.space.lattice.ops
-    found = _known_table(job)
-    if found is not None:
-        return Plan(len(ops), 0, 0, 0.0, (0.0, 0.0))
+    rows = len(missing_chains(LatencyTable(job.profiler.host(), protocol.to_dict()), ops))
+    if _known_table(job) is not None:
+        return Plan(rows, 0, 0, 0.0, (0.0, 0.0))
     table = open_table(job.profiler, job.table_path, protocol)
     missing = len(missing_chains(table, ops))
     networks = job.recipe.calibration.networks if job.model_name not in table.models else 0
     low, high = _probe_ms(job)
     each_ms = (low + high) / 2
-    rows = minutes(job.profiler, missing, protocol, each_ms=each_ms / len(job.space.positions))
-    whole = minutes(job.profiler, networks, protocol, each_ms=each_ms, ops=len(job.space.positions))
-    return Plan(len(ops), missing, networks, rows + whole, (low, high))
+    depth = len(job.space.positions)
+    alone = minutes(job.profiler, missing, protocol, each_ms=each_ms / depth)
+    whole = minutes(job.profiler, networks, protocol, each_ms=each_ms, ops=depth)
+    return Plan(rows, missing, networks, alone + whole, (low, high))
 
 
 def is_profiled(job: Job) -> bool:
@@ -371,6 +390,30 @@ def profile(job: Job) -> LatencyTable:
             table.save(job.table_path)
         forget(journal)
     return table
+
+
+def join(job: Job, measured: Mapping[Architecture, Measurement]) -> bool:
+    """Keep what searched networks measure in the table, where later searches find their bound;
+    whether that raised it.
+
+    Unsteady measurements are left out, and so are all where another process holds the table.
+    """
+    steady = {a: m for a, m in measured.items() if m.stable}
+    if not steady or not job.table_path.exists():
+        return False
+    sums = job.latency.totals(job.space, genes_of(list(steady)))
+    with suppress(InvalidInput), table_lock(job.table_path):
+        table = LatencyTable.load(job.table_path)
+        model = table.models.get(job.model_name)
+        if model is None or model.apart != job.table.models[job.model_name].apart:
+            return False  # it was measured anew since
+        for (architecture, m), additive_us in zip(steady.items(), sums.tolist(), strict=True):
+            name = " ".join(map(str, architecture.genes))
+            model = model.joined(job.percentile, name, m.latency_us / 1000, additive_us)
+        table.models[job.model_name] = model
+        table.save(job.table_path)
+        return model.at(job.percentile).upper_ratio > job.model.upper_ratio
+    return False
 
 
 def measure(job: Job, paths: Sequence[Path], journal: Path | None = None) -> list[Measurement]:

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hwnas.conditions import condition
 from hwnas.costs.feasible import FeasibleSet
-from hwnas.costs.limits import Limit
+from hwnas.costs.limits import AdditiveCost, Limit
 from hwnas.costs.population import genes_of
 from hwnas.history import History, Proposal
 from hwnas.job import Job
@@ -38,12 +38,11 @@ def values_of(limits: Sequence[Limit]) -> dict[str, float]:
 def searches(job: Job, limits: Sequence[Limit]) -> dict[str, str]:
     """The history's name of each strategy's search: the method's first, then the baseline's.
 
-    A table that was measured anew makes it another search, since its bounds are others.
+    A table that was measured anew makes it another search, and so does a bound that was raised.
     """
-    return {
-        name: f"{name} {limits_name(limits)} table {job.table_id}"
-        for name in (job.method.name, BASELINE)
-    }
+    asked = f"{limits_name(limits)} table {job.table_id}"
+    bounds = "".join(f" {name} x {ratio!r}" for name, ratio in _bounds(limits).items())
+    return {name: f"{name} {asked}{bounds}" for name in (job.method.name, BASELINE)}
 
 
 def _strategy(job: Job, name: str, feasible: FeasibleSet) -> Strategy:
@@ -138,7 +137,11 @@ def search(job: Job, run: Run, limits: Sequence[Limit]) -> list[Finalist]:
         job.table.save(run.table)
         for stale in result.glob("*"):
             stale.unlink()
-        content = {**_question(job, limits), "finalists": [asdict(item) for item in chosen]}
+        content = {
+            **_question(job, limits),
+            "bounds": _bounds(limits),
+            "finalists": [asdict(item) for item in chosen],
+        }
         write_text(result / "finalists.json", json.dumps(content, indent=2) + "\n")
         run.log("search", limits=limits_name(limits), finalists=len(chosen))
     run.point_to(result)
@@ -154,12 +157,35 @@ def _question(job: Job, limits: Sequence[Limit]) -> dict[str, Any]:
     )
 
 
+def _bounds(limits: Sequence[Limit]) -> dict[str, float]:
+    """How far above its prediction each limited latency is held to lie."""
+    costs = [limit.cost for limit in limits if condition(limit.cost.name) is not None]
+    return {cost.name: cost.upper_ratio for cost in costs if isinstance(cost, AdditiveCost)}
+
+
 def is_answered(job: Job, result: Path, limits: Sequence[Limit]) -> bool:
     """Whether a result holds the finalists of this very question."""
     if not (result / "finalists.json").exists():
         return False
+    asked = _question(job, limits) | {"bounds": _bounds(limits)}
     outcome = _search_outcome(result)
-    return all(outcome.get(name) == value for name, value in _question(job, limits).items())
+    return all(outcome.get(name) == value for name, value in asked.items())
+
+
+def settled(job: Job, result: Path, limits: Sequence[Limit]) -> list[Limit]:
+    """The limits by the bounds that their result was searched under, where one of its networks was
+    then measured to meet them: what later searches measure raises no bound of an answer.
+    """
+    if not all((result / name).exists() for name in ("certificate.json", "finalists.json")):
+        return list(limits)
+    bounds = _search_outcome(result).get("bounds", {})
+    same = [
+        replace(limit, cost=job.bounded(limit.cost.name, bounds[limit.cost.name]))
+        if limit.cost.name in bounds
+        else limit
+        for limit in limits
+    ]
+    return same if is_answered(job, result, same) else list(limits)
 
 
 def _finalist(

@@ -138,7 +138,7 @@ def opened_limits(
         {name: range_.largest for name, range_ in found.items()},
     )
     if fraction is not None:
-        own = job.latency_range()
+        own = job.first_range()
         value = own.smallest + fraction * (own.largest - own.smallest)
         limited = {**limited, LATENCY: _rounded_up(value)}
     return job.limits(limited)
@@ -199,8 +199,8 @@ def announce_profile(job: "Job", plan: "Plan", screen: Screen) -> None:
     """What will be measured, and about how long it takes; nothing where the table has all."""
     if plan.missing or plan.networks:
         screen.say(
-            f"Profiling {plan.missing} of {plan.rows} ops and {plan.networks} whole networks on "
-            f"{job.request.device}: about {max(plan.minutes, 0.1):.1f} minutes."
+            f"Profiling {plan.missing} of {plan.rows} ops and chains of them, and {plan.networks} "
+            f"whole networks, on {job.request.device}: about {max(plan.minutes, 0.1):.1f} minutes."
         )
 
 

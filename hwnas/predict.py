@@ -13,6 +13,7 @@ from hwnas.job import Job
 from hwnas.store import RUN_TABLE
 from latency_tables.files import read_object
 from latency_tables.ops import OpSpec
+from latency_tables.percentiles import MEDIAN
 from latency_tables.table import LatencyTable
 from profilers.graphs import emit, random_parameters, read_ops
 from quant.errors import InvalidInput, TableError
@@ -71,7 +72,7 @@ def predict(
     """Look every op up; raises TableError that names the nearest known ops where one is missing, or
     the precision that the latency model was not calibrated for.
     """
-    model = table.models[calibration]
+    model = table.models[calibration].at(MEDIAN)
     costs = []
     for op, inside_us in zip(ops, table.in_network_us(ops), strict=True):
         if op.precision.name not in model.scales:

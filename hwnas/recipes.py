@@ -46,7 +46,7 @@ class TrainingRecipe(Part):
 class CalibrationRecipe(Part):
     """How many whole networks fit, bound and test the latency model."""
 
-    fit: Count = 60
+    fit: Count = 40
     bound: Count = 99
     test: Count = 40
 

@@ -28,7 +28,7 @@ from hwnas.job import (
     request_fields,
     request_of,
 )
-from hwnas.loop import limits_name, ranked, read_limits, search, searches
+from hwnas.loop import limits_name, ranked, read_limits, search, searches, settled
 from hwnas.report import page
 from hwnas.report.page import limit_text, measured_rows, number
 from hwnas.retrain import accuracy as torch_accuracy
@@ -65,9 +65,10 @@ def open_run(job: Job) -> Run:
 
 def search_to_certificate(job: Job, run: Run, limits: Sequence[Limit]) -> dict[str, Any]:
     """From whatever is there to a certified file: what `hwnas search --json` prints."""
+    result = run.result(limits_name(limits))
+    limits = settled(job, result, limits)
     feasible = FeasibleSet(job.space, limits)
     search(job, run, limits)
-    result = run.result(limits_name(limits))
     file = result / "certificate.json"
     content = certificates.read_certificate(file) if file.exists() else None
     if content is None or not (is_stable(content) and is_shipped(result, content)):

@@ -15,7 +15,7 @@ from hwnas.conditions import LATENCY, condition
 from hwnas.costs.limits import Limit
 from hwnas.export import certificate as certificates
 from hwnas.export.onnx_file import Agreement, accuracy, agreement, write_onnx
-from hwnas.job import Job, measure
+from hwnas.job import Job, join, measure
 from hwnas.loop import Finalist, limits_name, read_finalists, values_of
 from hwnas.retrain import accuracy as torch_accuracy
 from hwnas.retrain import load_weights, retrain, save_weights
@@ -106,6 +106,8 @@ def verify(job: Job, run: Run, limits: Sequence[Limit]) -> dict[str, Any]:
     candidates = export(job, run, result)
     asked = values_of(limits)
     measured = _measured_under(job, asked, [candidate.path for candidate in candidates])
+    finalists = read_finalists(result)
+    raised = _join(job, [finalists[candidate.number] for candidate in candidates], measured)
     under = [
         (candidate, m)
         for candidate, m in zip(candidates, measured, strict=True)
@@ -117,10 +119,13 @@ def verify(job: Job, run: Run, limits: Sequence[Limit]) -> dict[str, Any]:
             f"All {len(candidates)} finalists measure over {limits_name(limits)} (the fastest "
             f"{least:.6g} ms), though their predicted bounds are under it: the machine now runs "
             "slower than when its table was measured.",
-            next_step="run the same command again, or profile again on a quiet machine",
+            next_step="run hwnas search again: it now looks below a bound that these measurements "
+            "raised"
+            if raised
+            else "run the same command again, or profile again on a quiet machine",
         )
     shipped, measurement = max(under, key=lambda item: item[0].search_val)
-    finalist = read_finalists(result)[shipped.number]
+    finalist = finalists[shipped.number]
     for source, name in ((weights_of(result, shipped.number), "weights.pt"),
                          (shipped.path, "model.onnx")):  # fmt: skip
         write_atomically(result / name, partial(shutil.copyfile, source))
@@ -181,6 +186,19 @@ def _measured_under(
     names = {LATENCY: None} | {name: None for name in asked if condition(name) is not None}
     found = [measure(job.under(name), files) for name in names]
     return [dict(zip(names, each, strict=True)) for each in zip(*found, strict=True)]
+
+
+def _join(
+    job: Job, finalists: Sequence[Finalist], measured: Sequence[Mapping[str, Measurement]]
+) -> bool:
+    """Tell each condition's table what the finalists measure; whether that raised a bound."""
+    raised = False
+    for name in measured[0]:
+        found = {
+            Architecture(f.genes): each[name] for f, each in zip(finalists, measured, strict=True)
+        }
+        raised |= join(job.under(name), found)
+    return raised
 
 
 def _limits_hold(

@@ -78,6 +78,12 @@ def show_table(context: typer.Context, table: TableFile, as_json: AsJson = False
             for name, m in found["models"].items()
         ]  # fmt: skip
         rows += [
+            (f"searched in {name}", f"{len(ratios)} networks at percentile {percentile}, measured "
+                                    f"up to {max(ratios.values()):.3f} x prediction")
+            for name, m in found["models"].items()
+            for percentile, ratios in m["searched"].items()
+        ]  # fmt: skip
+        rows += [
             (f"check of {name}", f"{r['quality']['mean_error']:.1%} mean error on "
                                  f"{r['quality']['networks']} held-out networks, {r['made']}")
             for name, r in found["reports"].items()

@@ -13,7 +13,7 @@ is a budget on that cost, and dynamic programming over it is exact.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,11 @@ class LatencyModel:
     (split conformal prediction: Vovk et al. 2005; Lei et al. 2018, section 2.2) for a network drawn
     like the calibration networks. `tails` has the same for other percentiles of a network's calls:
     by percentile, its usual ratio to the predicted median, and the ratio that bounds it.
+
+    Networks that a search chose are not drawn like those: it prefers what is predicted too low. So
+    `searched` has by percentile, then by network, the measured latency of such networks over the
+    predicted median, and they have a bound of their own (conformal prediction by group: Vovk et
+    al. 2005, section 4.5); the higher of both holds.
     """
 
     scales: dict[str, float]
@@ -78,20 +83,32 @@ class LatencyModel:
     quality: Quality
     tails: dict[str, tuple[float, float]] = field(default_factory=dict)
     usual_ratio: float = 1.0
+    searched: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def at(self, percentile: int) -> "LatencyModel":
-        """The model of another percentile of a network's calls; raises InvalidInput for one that
-        was not calibrated.
+        """The model of a percentile of a network's calls, its bound that of random and of searched
+        networks; raises InvalidInput for one that was not calibrated.
         """
-        if percentile == MEDIAN:
-            return self
-        if str(percentile) not in self.tails:
+        if percentile != MEDIAN and str(percentile) not in self.tails:
             raise InvalidInput(
                 f"The percentile {percentile} is not calibrated.",
                 accepted=", ".join(map(str, (MEDIAN, *self.tails))),
             )
-        usual, upper = self.tails[str(percentile)]
+        usual, upper = self.tails.get(str(percentile), (1.0, self.upper_ratio))
+        if found := self.searched.get(str(percentile)):
+            upper = max(upper, conformal(list(found.values())))
         return replace(self, usual_ratio=usual, upper_ratio=upper / usual)
+
+    def joined(self, percentile: int, network: str, latency_ms: float, additive_us: float) -> Self:
+        """The model that knows what a searched network measures, too; its newest measurement."""
+        ratio = 1000 * latency_ms / (self.offset_us + additive_us)
+        known = self.searched.get(str(percentile), {})
+        return replace(self, searched=self.searched | {str(percentile): known | {network: ratio}})
+
+    @property
+    def apart(self) -> Self:
+        """The model of random networks alone."""
+        return replace(self, searched={})
 
     def op_cost_us(self, precision: str, inside_us: float) -> float:
         """An op's additive cost, from what its row says that it costs inside a network."""
@@ -120,6 +137,10 @@ class LatencyModel:
             offset_us=factor * self.offset_us,
             upper_ratio=self.upper_ratio / factor,
             tails={n: (usual / factor, upper / factor) for n, (usual, upper) in self.tails.items()},
+            searched={
+                percentile: {network: ratio / factor for network, ratio in found.items()}
+                for percentile, found in self.searched.items()
+            },
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -181,20 +202,34 @@ def calibrate(
         quality=Quality(0, 0, 0, 0, 0, 0, 0, 0),
     )
     predicted = np.array([predict_us(plain, network) for network in bound])
-    rank = min(len(bound), math.ceil(COVERAGE * (len(bound) + 1)))
 
     def usual_and_upper(observed: Sequence[float]) -> tuple[float, float]:
-        ratios = np.sort(np.array(observed) / predicted)
-        return float(np.median(ratios)), float(ratios[rank - 1])
+        ratios = np.array(observed) / predicted
+        return float(np.median(ratios)), conformal(ratios)
 
     tails = {
         str(percentile): usual_and_upper([network.tails_us[percentile] for network in bound])
         for percentile in bound[0].tails_us
     }
     _, upper_ratio = usual_and_upper([network.observed_us for network in bound])
-    coverage = min(COVERAGE, rank / (len(bound) + 1))
+    coverage = min(COVERAGE, _rank(len(bound)) / (len(bound) + 1))
     bounded = replace(plain, upper_ratio=upper_ratio, coverage=coverage, tails=tails)
     return replace(bounded, quality=quality_of(bounded, test))
+
+
+def conformal(ratios: Sequence[float] | Floats) -> float:
+    """What bounds a further ratio of the same kind with probability `COVERAGE`; where there are too
+    few for that, the largest.
+
+    >>> conformal([1.02, 1.05, 1.01])
+    1.05
+    """
+    return float(np.sort(ratios)[_rank(len(ratios)) - 1])
+
+
+def _rank(count: int) -> int:
+    """Which of `count` ratios, from the smallest, bounds a further one (Lei et al. 2018, eq. 2)."""
+    return min(count, math.ceil(COVERAGE * (count + 1)))
 
 
 def quality_of(model: LatencyModel, networks: Sequence[MeasuredNetwork]) -> Quality:

@@ -74,9 +74,9 @@ def random_parameters(op: OpSpec, rng: np.random.Generator) -> OpParameters:
     """Parameters with values of a trained network's size, to time an op before it is trained."""
     weights: dict[int, Weights] = {}
     for index, shape in op.weight_shapes.items():
-        deviation = np.sqrt(2 / np.prod(shape[1:]))
-        weight = rng.normal(0, deviation, shape).astype(np.float32)
-        bias = rng.normal(0, 0.1, len(weight)).astype(np.float32)
+        deviation = np.float32(np.sqrt(2 / np.prod(shape[1:])))
+        weight = deviation * rng.standard_normal(shape, np.float32)
+        bias = np.float32(0.1) * rng.standard_normal(len(weight), np.float32)
         if op.precision.is_integer:
             scale = np.full(len(weight), 3 * deviation / 127, np.float32)
             codes = np.clip(np.rint(weight / scale[:, *[None] * (weight.ndim - 1)]), -127, 127)

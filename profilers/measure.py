@@ -34,8 +34,8 @@ class Protocol:
     A spread above `max_spread`, or for a row such an interval, makes it unstable.
     """
 
-    rounds: int = 5
-    max_rounds: int = 10
+    rounds: int = 4
+    max_rounds: int = 8
     tolerance: float = 0.005
     warmup_ms: float = 2.0
     pace_ms: float = 1.0

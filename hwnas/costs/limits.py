@@ -30,8 +30,8 @@ class AdditiveCost:
     """A cost that is a strictly increasing function of a sum over a network's ops.
 
     `per_op[i]` belongs to `space.lattice.ops[i]`. `predict` and `upper` turn a sum into the cost as
-    told and into the bound that is held against a limit; `budget` is the largest sum whose bound
-    meets a limit.
+    told and into the bound that is held against a limit, `upper_ratio` times as much; `budget` is
+    the largest sum whose bound meets a limit.
     """
 
     join: ClassVar[np.ufunc] = np.add
@@ -41,6 +41,7 @@ class AdditiveCost:
     predict: Callable[[float], float]
     upper: Callable[[float], float]
     budget: Callable[[float], float]
+    upper_ratio: float = 1.0
 
     def over_ops(self, ops: Ints) -> Floats:
         """The sum for each row of op indices (n, positions), where -1 is a skip and costs 0."""
@@ -128,7 +129,9 @@ def latency_cost(space: SearchSpace, table: LatencyTable, model: LatencyModel) -
         )
     inside = zip(space.lattice.ops, table.in_network_us(space.lattice.ops), strict=True)
     per_op = np.array([model.op_cost_us(op.precision.name, us) for op, us in inside])
-    return AdditiveCost("latency_ms", per_op, model.predict_ms, model.upper_ms, model.budget_us)
+    return AdditiveCost(
+        "latency_ms", per_op, model.predict_ms, model.upper_ms, model.budget_us, model.upper_ratio
+    )
 
 
 def counted_cost(space: SearchSpace, name: str) -> Cost:

@@ -20,7 +20,7 @@ import hwnas.job
 from hwnas.costs.feasible import reachable
 from hwnas.costs.population import genes_of
 from hwnas.costs.samplers import UniformSampler
-from hwnas.job import LATENCY, LIMITS, Job, Request, plan, request_fields, request_of
+from hwnas.job import LATENCY, LIMITS, Job, Request, join, plan, request_fields, request_of
 from hwnas.loop import limits_name
 from hwnas.recipes import RECIPES, recipe
 from hwnas.spaces.base import Architecture
@@ -31,6 +31,7 @@ from latency_tables.ops import COUNTS, OpSpec, Tensor, peak_activation_bytes
 from latency_tables.table import LatencyTable, Row
 from profilers.build import table_lock
 from profilers.graphs import emit, random_parameters
+from profilers.measure import Measurement
 from profilers.simulated import CALL_US, op_us
 from quant.errors import InvalidInput, TableError, Unreachable
 
@@ -374,7 +375,7 @@ def test_a_field_that_contradicts_the_run_is_refused_by_its_flag(
         {"name": "smoke"},
         {"name": "smoke", "supernet": {"steps": 12}},
         {"name": "smoke", "supernet": {"steps": 11, "flip": True}},
-        {"name": "smoke", "supernet": {"steps": 11}, "protocol": {"rounds": 4}},
+        {"name": "smoke", "supernet": {"steps": 11}, "protocol": {"rounds": 3}},
     ],
 )
 def test_a_recipe_of_the_same_name_with_other_fields_is_refused(value: Any, run: Run) -> None:
@@ -419,7 +420,9 @@ def test_a_space_of_classes_alone_is_priced_but_not_trained(tmp_path: Path) -> N
 def test_a_table_that_has_all_is_used_as_it_is(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hwnas.job, "build_rows", None)
     before = job.table_path.read_bytes()
-    assert plan(job) == hwnas.job.Plan(60, 0, 0, 0.0, (0.0, 0.0))
+    table = table_of(job)
+    rows = len(table.rows) + len(table.chains)
+    assert plan(job) == hwnas.job.Plan(rows, 0, 0, 0.0, (0.0, 0.0))
     assert set(job.table.rows) == {op.key for op in job.space.lattice.ops}
     assert job.model == MODEL
     assert job.table_path.read_bytes() == before
@@ -553,7 +556,7 @@ def test_the_plan_tells_what_is_missing_and_what_two_networks_take(unmeasured: J
     chains = with_heads(probes(ops).values())
     assert len(chains) > 5
     missing = len(ops) + len(chains)
-    assert (found.rows, found.missing, found.networks) == (len(ops), missing, 39)
+    assert (found.rows, found.missing, found.networks) == (missing, missing, 39)
     ends = reachable(unmeasured.space, unmeasured.cost("macs"))
     expected = tuple(
         (CALL_US + sum(map(op_us, unmeasured.space.lower(a)))) / 1000
@@ -660,3 +663,49 @@ def test_the_table_is_another_one_once_any_row_or_the_model_changes(tmp_path: Pa
         found[change] = job.table_id
     assert found["none"] == found["the order"]
     assert len(set(found.values())) == 3
+
+
+# ---- what searches measure
+
+
+def measurement(latency_ms: float, *, stable: bool = True) -> Measurement:
+    us = 1000 * latency_ms
+    return Measurement(us, us, us, us, us, us, 0.0, 50, stable)
+
+
+def predicted_ms(job: Job, architecture: Architecture) -> float:
+    return job.latency.predict(job.latency.totals(job.space, genes_of([architecture])).item())
+
+
+def test_what_searched_networks_measure_raises_the_bound_of_the_next_job(job: Job) -> None:
+    slow, quick = some(job, 2)
+    found = {slow: measurement(1.4 * predicted_ms(job, slow)),
+             quick: measurement(0.9 * predicted_ms(job, quick))}  # fmt: skip
+    assert join(job, found)
+    again = Job(job.request)
+    assert again.model.upper_ratio == pytest.approx(1.4)
+    assert again.latency_range().largest == pytest.approx(
+        job.latency_range().largest * 1.4 / MODEL.upper_ratio
+    )
+    assert again.table_id == job.table_id
+    assert again.first_range() == job.first_range() == job.latency_range()
+    assert not join(again, found), "the second time they raise nothing"
+
+
+def test_what_cannot_join_is_left_out(job: Job) -> None:
+    (slow,) = some(job, 1)
+    found = {slow: measurement(2 * predicted_ms(job, slow))}
+    before = job.table_path.read_bytes()
+    assert not join(job, {slow: measurement(2 * predicted_ms(job, slow), stable=False)})
+    assert not join(job, {})
+    with table_lock(job.table_path):
+        assert not join(job, found), "another process measures this table"
+    assert job.table_path.read_bytes() == before
+    _ = job.table
+    table_of(job, replace(MODEL, offset_us=99.0)).save(job.table_path)
+    before = job.table_path.read_bytes()
+    assert not join(job, found), "the table was measured anew since"
+    assert job.table_path.read_bytes() == before
+    job.table_path.unlink()
+    assert not join(job, found)
+    assert not job.table_path.exists()

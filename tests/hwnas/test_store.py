@@ -70,7 +70,7 @@ def test_every_field_belongs_to_the_identity_and_is_named_with_both_values() -> 
     [
         ({"finalists": 9}, "recipe.finalists: 3 against 9"),
         ({"retrain": {"flip": True}}, "recipe.retrain.flip: False against True"),
-        ({"protocol": {"rounds": 4}}, "recipe.protocol.rounds: 5 against 4"),
+        ({"protocol": {"rounds": 3}}, "recipe.protocol.rounds: 4 against 3"),
         ({"calibration": {"bound": 19}}, "recipe.calibration.bound: 99 against 19"),
         (
             {"supernet": {"batch": 8}, "finalists": 9},

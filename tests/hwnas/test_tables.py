@@ -459,7 +459,7 @@ def test_merge_refuses_a_file_that_is_there_and_leaves_it(folder: Path, hwnas_in
     [
         (lambda t: setattr(t, "host", replace(t.host, cpu="another")), "different hosts (cpu: "),
         (lambda t: setattr(t, "host", replace(t.host, threads=4)), "(threads: 1 against 4)"),
-        (lambda t: t.protocol.update(rounds=6), "different protocols (rounds: 5 against 6)"),
+        (lambda t: t.protocol.update(rounds=6), "different protocols (rounds: 4 against 6)"),
         (lambda t: t.protocol.update(pace_ms=2.0), "(pace_ms: 1.0 against 2.0)"),
     ],
 )
