@@ -49,7 +49,7 @@ def minutes(
     about how long a call of one takes.
     """
     block_ms = max(protocol.block_ms, protocol.min_runs * each_ms)
-    timed_s = protocol.rounds * (max(protocol.warmup_ms, 3 * each_ms) + block_ms) / 1000
+    timed_s = protocol.rounds * (max(protocol.warmup_ms, 2 * each_ms) + block_ms) / 1000
     prepared_s = profiler.seconds_per_row * (1 + protocol.rounds / 4) * (1 + ops) / 2
     return count * (timed_s + prepared_s) / 60
 

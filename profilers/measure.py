@@ -84,7 +84,7 @@ def time_block(call: Callable[[], object], protocol: Protocol) -> Samples:
     gc.disable()
     try:
         calls, start = 0, time.perf_counter_ns()
-        while calls < 3 or (time.perf_counter_ns() - start) < protocol.warmup_ms * 1e6:
+        while calls < 2 or (time.perf_counter_ns() - start) < protocol.warmup_ms * 1e6:
             call()
             calls += 1
         each_ns = (time.perf_counter_ns() - start) / calls
