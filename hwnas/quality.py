@@ -23,7 +23,7 @@ from hwnas.spaces.base import Architecture
 from latency_tables.model import LatencyModel, MeasuredNetwork, predict_us, quality, quality_of
 from latency_tables.ops import FUSED_ACTIVATIONS, Layer, OpSpec, total
 from latency_tables.table import LatencyTable
-from profilers.build import build_rows, measure_models, table_lock
+from profilers.build import build_rows, forget, measure_models, table_lock
 from quant.errors import InvalidInput, TableError
 
 SEED = 2
@@ -38,6 +38,7 @@ Floats = npt.NDArray[np.float64]
 def check(job: Job, count: int) -> dict[str, Any]:
     """Measure `count` held-out networks twice, hold the table against them, keep the report in it.
 
+    Goes on where it stopped while networks were timed.
     Raises InvalidInput for too few networks, TableError where the space is not profiled yet.
     """
     if count < LEAST:
@@ -55,8 +56,21 @@ def check(job: Job, count: int) -> dict[str, Any]:
             accepted="a larger space, or a recipe with fewer calibration networks",
         )
     chains = [list(job.space.lower(architecture)) for architecture in chosen]
-    first, second = _measured_twice(job, chains)
-    report = {
+    journal = job.table_path.with_suffix(f".{job.space.fingerprint}-check.journal")
+    with table_lock(job.table_path):
+        report = _report(job, chosen, chains, journal)
+        table = LatencyTable.load(job.table_path)
+        table.reports[job.model_name] = report
+        table.save(job.table_path)
+        forget(journal)
+    return report
+
+
+def _report(
+    job: Job, chosen: Sequence[Architecture], chains: Sequence[Sequence[OpSpec]], journal: Path
+) -> dict[str, Any]:
+    first, second = _measured_twice(job, chains, journal)
+    return {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         **held_against(job.model, first, second),
         "ranking": {
@@ -68,11 +82,6 @@ def check(job: Job, count: int) -> dict[str, Any]:
             "single_operators": _rival(_single_operators(job, chains), first),
         },
     }
-    with table_lock(job.table_path):
-        table = LatencyTable.load(job.table_path)
-        table.reports[job.model_name] = report
-        table.save(job.table_path)
-    return report
 
 
 def held_against(
@@ -121,12 +130,17 @@ def _moved(layer: Layer, inputs: tuple[int, ...]) -> Layer:
 
 
 def _measured_twice(
-    job: Job, chains: Sequence[Sequence[OpSpec]]
+    job: Job, chains: Sequence[Sequence[OpSpec]], journal: Path
 ) -> tuple[list[MeasuredNetwork], list[MeasuredNetwork]]:
     processes = job.recipe.processes
     with model_files(network_models(chains, job.profiler, job.progress)) as paths:
         blocks = measure_models(
-            job.profiler, paths, job.recipe.protocol, job.progress, processes=2 * processes
+            job.profiler,
+            paths,
+            job.recipe.protocol,
+            job.progress,
+            processes=2 * processes,
+            journal=journal,
         )
     first, second = (
         measured_networks(chains, [each[half] for each in blocks], job.table, job.recipe)

@@ -18,12 +18,14 @@ import yaml
 from hwnas.calibration import calibration_networks, draw
 from hwnas.job import Job, Request
 from hwnas.quality import SEED, held_against, single_operators
+from hwnas.quality import check as check_table
 from hwnas.spaces.base import SearchSpace
 from hwnas.spaces.blocks import inverted_residual
 from hwnas.spaces.mobile import mobile_tiny
 from latency_tables.model import LatencyModel, MeasuredNetwork, Quality
 from latency_tables.ops import OpSpec, Tensor
 from latency_tables.table import LatencyTable
+from profilers.build import measure_models
 from profilers.graphs import emit, random_parameters
 from profilers.measure import Protocol, Samples
 from profilers.ort import OrtProfiler
@@ -137,6 +139,32 @@ def test_the_networks_are_none_of_those_calibrated_on_and_the_same_every_time(
     assert first == second
 
 
+def test_a_check_goes_on_where_it_was_stopped(
+    folder: Path, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Really in fresh processes; the journal is gone once the report is kept."""
+    seen: list[int] = []
+
+    def watched(stop: int) -> Job:
+        def progress(label: str, done: int, _total: int) -> None:
+            if label == "timing whole networks in fresh processes":
+                seen.append(done)
+                if done == stop:
+                    raise KeyboardInterrupt
+
+        return Job(job.request, progress)
+
+    monkeypatch.setattr("hwnas.quality.measure_models", measure_models)
+    with pytest.raises(KeyboardInterrupt):
+        check_table(watched(stop=7), NETWORKS)
+    assert len(list(job.table_path.parent.glob("*-check.journal"))) == 1
+    assert seen == list(range(1, 8))
+    seen.clear()
+    check_table(watched(stop=-1), NETWORKS)
+    assert seen == list(range(7, 4 * NETWORKS + 1))
+    assert not list(job.table_path.parent.glob("*-check.journal"))
+
+
 def test_without_json_a_line_a_rival_and_what_is_said_of_the_floor(
     folder: Path, hwnas_in: Commands
 ) -> None:
@@ -197,7 +225,10 @@ def test_every_figure_of_a_report_is_what_its_name_says(
     times = times_of(chains)
     runs = job.recipe.protocol.min_runs
 
-    def measured(_p: object, paths: Sequence[Path], *_: object, processes: int) -> Any:
+    def measured(
+        _p: object, paths: Sequence[Path], *_: object, processes: int, journal: Path
+    ) -> Any:
+        assert journal.parent == job.table_path.parent
         assert processes == 2 * job.recipe.processes == 4
         assert len(paths) == len(times)
         return [[np.full((runs, 2), turn) for turn in each] for each in times]
