@@ -228,7 +228,7 @@ def test_every_figure_of_a_report_is_what_its_name_says(
     def measured(
         _p: object, paths: Sequence[Path], *_: object, processes: int, journal: Path
     ) -> Any:
-        assert journal.parent == job.table_path.parent
+        assert journal.parent.resolve() == job.table_path.parent.resolve()
         assert processes == 2 * job.recipe.processes == 4
         assert len(paths) == len(times)
         return [[np.full((runs, 2), turn) for turn in each] for each in times]
