@@ -12,21 +12,28 @@ from quant.errors import InvalidInput
 FLOATS = {"fp32": 32, "tf32": 32, "fp16": 16, "bf16": 16, "fp8": 8}
 """Float precisions and the bits that each value takes in memory."""
 
-_INTEGER = re.compile(r"w([2-8])a([2-8])")
+_INTEGER = re.compile(r"(?:w([2-8])|pact-w([1-8]))a([2-8])")
+_ACCEPTED = f"{', '.join(FLOATS)}, w<2-8>a<2-8> such as w8a8, or pact-w<1-8>a<2-8>"
 
 
 @dataclass(frozen=True)
 class Precision:
     """How the weights and activations of an op are represented.
 
+    `w4a8` is what ships best: weights in 2^4 - 1 levels per output channel, a learned step for
+    activations (LSQ). `pact-w4a8` has DoReFa's 2^4 weight levels per tensor and PACT's activations,
+    as SPOS used them.
+
     >>> Precision("w4a8").weight_bits, Precision("w4a8").activation_bits
     (4, 8)
+    >>> Precision("pact-w1a2").executed
+    Precision(name='w8a2')
     >>> Precision("fp32").is_integer
     False
     >>> Precision("int8")
     Traceback (most recent call last):
     quant.errors.InvalidInput: 'int8' is not a precision. Accepted: fp32, tf32, fp16, bf16, fp8, \
-or w<2-8>a<2-8> such as w8a8.
+w<2-8>a<2-8> such as w8a8, or pact-w<1-8>a<2-8>.
     """
 
     name: str
@@ -35,7 +42,7 @@ or w<2-8>a<2-8> such as w8a8.
         if self.name not in FLOATS and not _INTEGER.fullmatch(self.name):
             raise InvalidInput(
                 f"{self.name!r} is not a precision.",
-                accepted=f"{', '.join(FLOATS)}, or w<2-8>a<2-8> such as w8a8",
+                accepted=_ACCEPTED,
             )
 
     def __str__(self) -> str:
@@ -50,13 +57,25 @@ or w<2-8>a<2-8> such as w8a8.
     def weight_bits(self) -> int:
         """Bits of one weight."""
         match = _INTEGER.fullmatch(self.name)
-        return int(match[1]) if match else FLOATS[self.name]
+        return int(match[1] or match[2]) if match else FLOATS[self.name]
 
     @cached_property
     def activation_bits(self) -> int:
         """Bits of one activation."""
         match = _INTEGER.fullmatch(self.name)
-        return int(match[2]) if match else FLOATS[self.name]
+        return int(match[3]) if match else FLOATS[self.name]
+
+    @cached_property
+    def is_pact(self) -> bool:
+        """Whether weights are DoReFa's and activations PACT's."""
+        return self.name.startswith("pact-")
+
+    @cached_property
+    def executed(self) -> "Precision":
+        """The precision whose kernels run this one, and whose table rows it shares: every integer
+        weight is held in eight bits when it is multiplied.
+        """
+        return Precision(f"w8a{self.activation_bits}") if self.is_integer else self
 
     def format(self, *, signed: bool) -> "Format":
         """The format of a tensor that an op of this precision hands on."""
