@@ -46,6 +46,7 @@ def estimate(job: Job, run: Run, limits: Sequence[Limit]) -> Estimate:
     images = recipe.recalibration_images + min(recipe.validation_images, len(job.splits.search_val))
     scoring_s = scored * images / recipe.supernet.batch * step_s / 3  # forward alone
     retrain_s = retrained * recipe.retrain.steps * step_s
+    retrain_s *= {"none": 1.0, "float": 2 + 1 / 3, "largest": 1 + 1 / 3}[recipe.retrain.teacher]
     retrain_s *= recipe.retrain.batch / recipe.supernet.batch
     total_s = steps * step_s + scoring_s + retrain_s
     return Estimate(steps, scored, retrained, step_s * 1000, total_s / 60)

@@ -2,9 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from profilers.measure import Protocol
@@ -32,6 +39,9 @@ class TrainingRecipe(Part):
     """AdamW with a linear decay of the learning rate to zero, and label smoothing.
 
     Images are shifted by up to a sixteenth of their side; `flip` mirrors half of them.
+
+    >>> TrainingRecipe(steps=4, batch=8, learning_rate=0.5).rate(2)
+    0.25
     """
 
     steps: Count
@@ -41,6 +51,71 @@ class TrainingRecipe(Part):
     label_smoothing: Share = 0.1
     clip_norm: Positive = 5.0
     flip: bool = False
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return self.learning_rate * (1 - step / self.steps)
+
+
+class SupernetRecipe(TrainingRecipe):
+    """A supernet's training: float at first, then quantised, and from one width to all.
+
+    The first `float_share` of the steps train weights in float; then the ranges of activations are
+    set, and precisions are sampled. With `quantised_rate` the quantised steps are a training of
+    their own: the rate decays to zero over the float steps, and again over the quantised ones, from
+    `quantised_rate` times the learning rate. Without it one decay spans both.
+
+    Until `widths_from` of the steps each choice of a width takes the largest one; then the smaller
+    ones join one at a time, and from `widths_by` on all are sampled.
+
+    `cost_bins` > 0 draws paths uniformly over so many bins of MACs, not uniformly.
+
+    >>> tuned = SupernetRecipe(steps=10, batch=8, learning_rate=1, float_share=0.8,
+    ...                        quantised_rate=0.1)
+    >>> tuned.float_steps, [round(tuned.rate(step), 3) for step in (0, 4, 7, 8, 9)]
+    (8, [1.0, 0.5, 0.125, 0.1, 0.05])
+    """
+
+    float_share: Share = 0.4
+    quantised_rate: Positive | None = None
+    widths_from: Share = 0.4
+    widths_by: Annotated[float, Field(ge=0, le=1)] = 0.4
+    cost_bins: Annotated[int, BeforeValidator(_no_truth), Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.widths_by < self.widths_from:
+            raise PydanticCustomError(
+                "order", "widths_by should be at least widths_from, after which widths join"
+            )
+        return self
+
+    @property
+    def float_steps(self) -> int:
+        """How many steps train in float."""
+        return int(self.float_share * self.steps)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        if self.quantised_rate is None:
+            return super().rate(step)
+        if step < self.float_steps:
+            return self.learning_rate * (1 - step / self.float_steps)
+        left = (self.steps - step) / (self.steps - self.float_steps)
+        return self.learning_rate * self.quantised_rate * left
+
+
+class RetrainRecipe(TrainingRecipe):
+    """A found network's training, with a teacher beside the classes or without (`none`).
+
+    The teacher is the same network in `float`, trained by the same recipe first, or the `largest`
+    network of the space, with shared weights. `teacher_weight` is its share of the loss; both
+    sides' answers are softened by `temperature` (Hinton et al. 2015, section 2).
+    """
+
+    teacher: Literal["none", "float", "largest"] = "none"
+    teacher_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    temperature: Positive = 4.0
 
 
 class CalibrationRecipe(Part):
@@ -65,8 +140,8 @@ class Recipe(Part):
     """
 
     name: str
-    supernet: TrainingRecipe
-    retrain: TrainingRecipe
+    supernet: SupernetRecipe
+    retrain: RetrainRecipe
     evaluations: Count
     population: Annotated[int, Field(ge=2)]
     recalibration_images: Count
@@ -83,8 +158,8 @@ RECIPES = {
     for recipe in (
         Recipe(
             name="quick",
-            supernet=TrainingRecipe(steps=1600, batch=32, learning_rate=0.02),
-            retrain=TrainingRecipe(steps=300, batch=32, learning_rate=0.003),
+            supernet=SupernetRecipe(steps=1600, batch=32, learning_rate=0.02),
+            retrain=RetrainRecipe(steps=300, batch=32, learning_rate=0.003),
             evaluations=120,
             population=30,
             recalibration_images=256,
@@ -93,8 +168,8 @@ RECIPES = {
         ),
         Recipe(
             name="standard",
-            supernet=TrainingRecipe(steps=8000, batch=64, learning_rate=0.02),
-            retrain=TrainingRecipe(steps=2000, batch=64, learning_rate=0.003),
+            supernet=SupernetRecipe(steps=8000, batch=64, learning_rate=0.02),
+            retrain=RetrainRecipe(steps=2000, batch=64, learning_rate=0.003),
             evaluations=400,
             population=50,
             recalibration_images=512,
@@ -103,8 +178,8 @@ RECIPES = {
         ),
         Recipe(
             name="thorough",
-            supernet=TrainingRecipe(steps=50_000, batch=128, learning_rate=0.02),
-            retrain=TrainingRecipe(steps=20_000, batch=128, learning_rate=0.003),
+            supernet=SupernetRecipe(steps=50_000, batch=128, learning_rate=0.02),
+            retrain=RetrainRecipe(steps=20_000, batch=128, learning_rate=0.003),
             evaluations=1000,
             population=50,
             recalibration_images=2048,
@@ -113,8 +188,8 @@ RECIPES = {
         ),
         Recipe(
             name="smoke",
-            supernet=TrainingRecipe(steps=10, batch=16, learning_rate=0.01),
-            retrain=TrainingRecipe(steps=5, batch=16, learning_rate=0.003),
+            supernet=SupernetRecipe(steps=10, batch=16, learning_rate=0.01),
+            retrain=RetrainRecipe(steps=5, batch=16, learning_rate=0.003),
             evaluations=12,
             population=6,
             recalibration_images=64,

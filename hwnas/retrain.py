@@ -8,8 +8,9 @@ from torch import Tensor
 
 from hwnas.batches import evaluation_batch, in_order
 from hwnas.data import Splits
-from hwnas.recipes import TrainingRecipe
-from hwnas.training import Checkpoint, train_steps
+from hwnas.recipes import RetrainRecipe, TrainingRecipe
+from hwnas.spaces.floats import op_in_float
+from hwnas.training import Checkpoint, Teacher, train_steps
 from hwnas.weights import damaged, load_state, save_state
 from profilers.build import Progress
 from profilers.modules import Network
@@ -25,10 +26,12 @@ def retrain(
     checkpoint: Path | None = None,
     recalibration_images: int = 2048,
     label: str = "retraining",
+    teacher: Teacher | None = None,
 ) -> None:
     """Train a network's own weights on TRAIN, then set its batch norms to the cumulative mean
     over the first images of TRAIN; the network is left in inference mode. Goes on from
-    `checkpoint`, where one is named and there.
+    `checkpoint`, where one is named and there. The teacher, where there is one, has to answer
+    alike before and after a stop.
     """
     keys = "\n".join(op.key for op in network.ops)
     identity = f"the network {hashlib.sha256(keys.encode()).hexdigest()[:16]}"
@@ -40,10 +43,25 @@ def retrain(
     kept = Checkpoint(checkpoint, identity) if checkpoint else None
     train_steps(
         network, splits.train, recipe, logits, kept,
-        seed=seed, progress=progress, label=label,
+        seed=seed, progress=progress, label=label, teacher=teacher,
     )  # fmt: skip
     recalibrate(network, splits, images=recalibration_images)
     network.eval()
+
+
+def teacher_of(network: Network, recipe: RetrainRecipe) -> Teacher:
+    """A network as the recipe's teacher: in inference mode, and never trained by its pupils."""
+    network.eval()
+    return Teacher(network, recipe.teacher_weight, recipe.temperature)
+
+
+def in_float(network: Network, splits: Splits, *, recalibration_images: int = 2048) -> Network:
+    """The same network in float: a copy of its weights, with its own batch-norm statistics."""
+    twin = Network([op_in_float(op) for op in network.ops])
+    known = network.state_dict()
+    twin.load_state_dict({name: known[name] for name in twin.state_dict()})
+    recalibrate(twin, splits, images=recalibration_images)
+    return twin
 
 
 def recalibrate(

@@ -1,12 +1,17 @@
 """The shared weights of a run: trained as far as they are not, and scoring architectures."""
 
+import numpy as np
 import torch
 
+from hwnas.costs.samplers import marginals
 from hwnas.job import Job
 from hwnas.store import Run
 from hwnas.supernet.evaluator import Evaluator
 from hwnas.supernet.network import Supernet
 from hwnas.supernet.trainer import load_supernet, train_supernet
+
+MARGINAL_PATHS = 1000
+"""So many paths tell the log how often training draws each value of each gene in the end."""
 
 
 def train(job: Job, run: Run) -> Supernet:
@@ -15,11 +20,16 @@ def train(job: Job, run: Run) -> Supernet:
     supernet = Supernet(job.space, job.profiler.runtime)
     steps = load_supernet(supernet, run.supernet)
     if steps < job.recipe.supernet.steps:
+        sampler = job.method.sampler(job.space, job.recipe.supernet)
         run.log("train", steps=job.recipe.supernet.steps, start=steps)
+        if not steps:
+            rng = np.random.default_rng(job.request.seed)
+            drawn = [sampler.sample(rng, 1.0) for _ in range(MARGINAL_PATHS)]
+            run.log("paths", marginals=marginals(job.space, drawn))
         train_supernet(
             supernet,
             job.splits,
-            job.method.sampler(job.space),
+            sampler,
             job.recipe.supernet,
             seed=job.request.seed,
             checkpoint=run.supernet,

@@ -12,17 +12,19 @@ from typing import Any
 import onnx
 
 from hwnas.conditions import LATENCY, condition
+from hwnas.costs.feasible import reachable
 from hwnas.costs.limits import Limit
 from hwnas.export import certificate as certificates
 from hwnas.export.onnx_file import Agreement, accuracy, agreement, write_onnx
 from hwnas.job import Job, join, measure
 from hwnas.loop import Finalist, limits_name, read_finalists, values_of
 from hwnas.retrain import accuracy as torch_accuracy
-from hwnas.retrain import load_weights, retrain, save_weights
+from hwnas.retrain import in_float, load_weights, retrain, save_weights, teacher_of
 from hwnas.scoring import evaluator, train
 from hwnas.spaces.base import Architecture
 from hwnas.store import Run
 from hwnas.supernet.evaluator import Evaluator
+from hwnas.training import Teacher
 from latency_tables.files import write_atomically, write_text
 from latency_tables.host import Host
 from latency_tables.ops import peak_activation_bytes, total
@@ -46,21 +48,54 @@ def retrain_finalists(job: Job, run: Run, result: Path) -> list[Network]:
         else:
             score = score or evaluator(job, train(job, run))
             network = score.supernet.extract(architecture, score.statistics(architecture))
-            retrain(
-                network,
-                job.splits,
-                job.recipe.retrain,
-                seed=job.request.seed,
-                checkpoint=training,
-                recalibration_images=8 * job.recipe.recalibration_images,
-                progress=job.progress,
-                label=f"retraining finalist {number + 1} of {len(finalists)}",
-            )
+            label = f"finalist {number + 1} of {len(finalists)}"
+            teacher = _teacher(job, score, network, result / f"finalist-{number}.teacher.pt", label)
+            _retrain(job, network, training, f"retraining {label}", teacher)
             save_weights(network, weights)
             training.unlink(missing_ok=True)
             run.log("retrain", finalist=number, search_val=torch_accuracy(network, job.splits))
         networks.append(network)
     return networks
+
+
+def _retrain(
+    job: Job, network: Network, checkpoint: Path, label: str, teacher: Teacher | None = None
+) -> None:
+    retrain(
+        network,
+        job.splits,
+        job.recipe.retrain,
+        seed=job.request.seed,
+        checkpoint=checkpoint,
+        recalibration_images=8 * job.recipe.recalibration_images,
+        progress=job.progress,
+        label=label,
+        teacher=teacher,
+    )
+
+
+def _teacher(
+    job: Job, score: Evaluator, network: Network, weights: Path, label: str
+) -> Teacher | None:
+    """The recipe's teacher of an extracted network; trained now, into `weights`, if it is not."""
+    recipe = job.recipe.retrain
+    match recipe.teacher:
+        case "float":
+            images = 8 * job.recipe.recalibration_images
+            teacher = in_float(network, job.splits, recalibration_images=images)
+            if weights.exists():
+                load_weights(teacher, weights)
+            else:
+                training = weights.with_suffix(".training.pt")
+                _retrain(job, teacher, training, f"training the teacher of {label}")
+                save_weights(teacher, weights)
+                training.unlink(missing_ok=True)
+        case "largest":
+            largest = reachable(job.space, job.cost("macs")).dearest
+            teacher = score.supernet.extract(largest, score.statistics(largest))
+        case "none":
+            return None
+    return teacher_of(teacher, recipe)
 
 
 def weights_of(result: Path, number: int) -> Path:

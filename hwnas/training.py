@@ -33,6 +33,31 @@ class Checkpoint:
     every_steps: int = CHECKPOINT_STEPS
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """Whose answers a network is trained to give, beside the classes.
+
+    `logits` answers a batch; `weight` is the teacher's share of the loss; `temperature` softens the
+    answers of both sides.
+    """
+
+    logits: Callable[[Tensor], Tensor]
+    weight: float
+    temperature: float
+
+    def loss(self, logits: Tensor, batch: Tensor, hard: Tensor) -> Tensor:
+        """(1 - weight) hard + weight T^2 KL(softmax(teacher / T) || softmax(logits / T)).
+
+        After Hinton et al. 2015, section 2: T^2 keeps the share of the soft part in the gradients
+        as T changes; the KL divergence differs from their cross-entropy by a constant.
+        """
+        with torch.no_grad():
+            told = functional.log_softmax(self.logits(batch) / self.temperature, 1)
+        given = functional.log_softmax(logits / self.temperature, 1)
+        soft = functional.kl_div(given, told, reduction="batchmean", log_target=True)
+        return (1 - self.weight) * hard + self.weight * self.temperature**2 * soft
+
+
 def optimiser_of(module: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
     """AdamW over a module's parameters; weight decay is on weights alone, not on norms, biases and
     ranges.
@@ -48,7 +73,7 @@ def optimiser_of(module: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optim
 def set_rate(optimiser: torch.optim.Optimizer, recipe: TrainingRecipe, step: int) -> None:
     """The learning rate of a step."""
     for group in optimiser.param_groups:
-        group["lr"] = recipe.learning_rate * (1 - step / recipe.steps)
+        group["lr"] = recipe.rate(step)
 
 
 def loss(logits: Tensor, classes: Tensor, recipe: TrainingRecipe) -> Tensor:
@@ -66,6 +91,7 @@ def train_steps(
     seed: int,
     progress: Progress,
     label: str,
+    teacher: Teacher | None = None,
 ) -> None:
     """Train `module` for the recipe's steps; `logits(step, batch)` is its answer at a step.
 
@@ -85,7 +111,11 @@ def train_steps(
         batch, classes = step_batch(images, recipe.batch, seed=seed, step=step, flip=recipe.flip)
         set_rate(optimiser, recipe, step)
         optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss(logits(step, batch), classes, recipe))
+        answers = logits(step, batch)
+        value = loss(answers, classes, recipe)
+        if teacher is not None:
+            value = teacher.loss(answers, batch, value)
+        torch.autograd.backward(value)
         torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
         optimiser.step()
         done = step + 1

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hwnas.costs.feasible import FeasibleSet
-from hwnas.recipes import Recipe
+from hwnas.recipes import Recipe, SupernetRecipe
 from hwnas.search.base import Strategy
 from hwnas.spaces.base import SearchSpace
 from hwnas.supernet.trainer import Sampler
@@ -16,5 +16,5 @@ class Method:
 
     name: str
     evidence: str
-    sampler: Callable[[SearchSpace], Sampler]
+    sampler: Callable[[SearchSpace, SupernetRecipe], Sampler]
     strategy: Callable[[FeasibleSet, int, Recipe], Strategy]

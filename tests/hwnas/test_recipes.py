@@ -15,6 +15,7 @@ from hwnas.recipes import (
     RECIPES,
     CalibrationRecipe,
     Recipe,
+    SupernetRecipe,
     TrainingRecipe,
     first_error,
     recipe,
@@ -60,6 +61,23 @@ def test_every_recipe_is_found_by_its_name_and_makes_sense() -> None:
     for name in ("quick", "standard", "thorough"):
         # that of 99 % needs 99
         assert RECIPES[name].calibration.bound >= 99
+
+
+def test_widths_that_would_end_before_they_begin_are_refused_in_one_sentence() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        recipe({"name": "quick", "supernet": {"widths_by": 0.3}})
+    assert str(caught.value) == (
+        "recipe.supernet: widths_by should be at least widths_from, after which widths join."
+    )
+
+
+def test_float_steps_are_whole_and_leave_a_quantised_one() -> None:
+    for steps in range(1, 40):
+        for share in (0.0, 0.1, 0.4, 0.5, 0.999):
+            found = SupernetRecipe(steps=steps, batch=1, learning_rate=1, float_share=share)
+            assert 0 <= found.float_steps <= share * steps
+            assert found.float_steps + 1 > share * steps - 1e-9
+            assert found.float_steps < steps
 
 
 def test_each_recipe_does_more_than_the_one_before() -> None:
@@ -125,6 +143,9 @@ def test_a_name_alone_is_the_plain_recipe_however_it_is_written() -> None:
         ({"finalists": 1}, {"finalists": 1}),
         ({"supernet": {"steps": 20000}}, {"supernet.steps": 20000}),
         ({"retrain": {"flip": True}}, {"retrain.flip": True}),
+        ({"retrain": {"teacher": "float"}}, {"retrain.teacher": "float"}),
+        ({"supernet": {"float_share": 0.8, "quantised_rate": 0.1}},
+         {"supernet.float_share": 0.8, "supernet.quantised_rate": 0.1}),
         ({"protocol": {"rounds": 3}}, {"protocol.rounds": 3}),
         ({"calibration": {"test": 7}}, {"calibration.test": 7}),
         (
@@ -191,6 +212,20 @@ TRAINING = [(f"{part}.{field}", value)
             }.items()
             for value in values]  # fmt: skip
 OTHERS = [
+    *(
+        (f"supernet.{name}", value)
+        for name in ("float_share", "widths_from")
+        for value in (-0.1, 1, math.nan, "half", None)
+    ),
+    *(("supernet.widths_by", value) for value in (-0.1, 1.1, math.nan, None)),
+    *(("supernet.quantised_rate", value) for value in (0, -0.1, math.inf, "slow")),
+    *(("supernet.cost_bins", value) for value in (-1, 1.5, True, None)),
+    *(("retrain.teacher", value) for value in ("large", None, 1)),
+    *(("retrain.teacher_weight", value) for value in (-0.1, 1.1, math.nan, None)),
+    *(("retrain.temperature", value) for value in (0, -1, math.inf, None)),
+    ("retrain.float_share", 0.3),
+    ("supernet.teacher", "float"),
+    ("supernet", {"widths_from": 0.5, "widths_by": 0.3}),
     *((field, value) for field in COUNTS for value in (0, -1, 1.5, "many", None)),
     *(("population", value) for value in (1, 0, -2, 2.5)),
     *(("least_agreement", value) for value in (-0.1, 1.1, math.nan, "most")),

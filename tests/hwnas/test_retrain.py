@@ -1,7 +1,7 @@
 """Training one network: it learns, its norms are the data's, its files come back exactly."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +14,20 @@ import hwnas.retrain
 import hwnas.training
 from hwnas.batches import in_order
 from hwnas.data import Images, Splits, digits
-from hwnas.recipes import TrainingRecipe
-from hwnas.retrain import accuracy, load_weights, recalibrate, retrain, save_weights
+from hwnas.recipes import RetrainRecipe, TrainingRecipe
+from hwnas.retrain import (
+    accuracy,
+    in_float,
+    load_weights,
+    recalibrate,
+    retrain,
+    save_weights,
+    teacher_of,
+)
 from hwnas.spaces.base import SearchSpace
 from hwnas.spaces.mobile import Stage, mobile
 from hwnas.supernet.network import Supernet
+from hwnas.training import Teacher
 from profilers.modules import Network
 from quant.errors import InvalidInput
 
@@ -161,6 +170,102 @@ def test_an_extracted_network_starts_where_the_shared_weights_were(tmp_path: Pat
     with torch.no_grad():
         assert not torch.equal(network(x), shared)
         assert torch.equal(supernet(x, architecture, statistics), shared)
+
+
+# ---- a teacher
+
+
+def with_teacher(
+    precision: str, recipe: RetrainRecipe, teacher: Teacher | None, data: Splits | None = None
+) -> Network:
+    data = data or tiny()
+    network = extracted(precision, data)
+    retrain(network, data, recipe, seed=0, progress=quiet, teacher=teacher)
+    return network
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_teacher_without_weight_changes_no_bit(precision: str) -> None:
+    recipe = RetrainRecipe(steps=4, batch=8, learning_rate=0.01, teacher_weight=0.0)
+    teacher = teacher_of(extracted("fp32", tiny(), seed=5), recipe)
+    alone, silent = (with_teacher(precision, recipe, each) for each in (None, teacher))
+    heard = with_teacher(precision, recipe, replace(teacher, weight=0.3))
+    mine, theirs, other = (network.state_dict() for network in (alone, silent, heard))
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    assert any(not torch.equal(value, other[name]) for name, value in mine.items())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_teacher_that_knows_other_answers_pulls_the_network_to_them(precision: str) -> None:
+    """It calls every class by the next one's name; who hears it alone never sees a label."""
+    data = tiny()
+    brightness = torch.tensor([0.12, 0.35, 0.58])  # the mean of each class's pixels
+
+    def next_class(batch: Tensor) -> Tensor:
+        kind = (batch.mean((1, 2, 3))[:, None] - brightness).abs().argmin(1)
+        return 10.0 * nn.functional.one_hot((kind + 1) % 3, 3)
+
+    for x, y in in_order(data.search_val, 24):
+        assert torch.equal(next_class(x).argmax(1), (y + 1) % 3)
+    shares = {}
+    for weight in (0.0, 1.0):
+        recipe = RetrainRecipe(steps=60, batch=16, learning_rate=0.02)
+        network = with_teacher(precision, recipe, Teacher(next_class, weight, 4.0), data)
+        with torch.no_grad():
+            answers = torch.cat([network(x).argmax(1) for x, _ in in_order(data.search_val, 24)])
+        classes = torch.from_numpy(data.search_val.y)
+        shares[weight] = [float((answers == (classes + off) % 3).double().mean()) for off in (0, 1)]
+    assert shares[0.0][0] > 0.9
+    assert shares[1.0][1] > 0.9
+
+
+def test_a_teacher_answers_in_inference_mode_and_learns_nothing() -> None:
+    data = tiny()
+    network = extracted("w8a8", data, seed=5).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    recipe = RetrainRecipe(steps=3, batch=8, learning_rate=0.05)
+    teacher = teacher_of(network, recipe)
+    with_teacher("w8a8", recipe, teacher)
+    assert not network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_in_float_is_the_network_of_the_float_space_with_the_same_weights() -> None:
+    data = tiny()
+    quantised, expected = extracted("w8a8", data), extracted("fp32", data)
+    twin = in_float(quantised, data)
+    recalibrate(expected, data)
+    assert {op.precision.name for op in twin.ops} == {"fp32"}
+    assert [op.key for op in twin.ops] == [op.key for op in expected.ops]
+    mine, theirs = twin.state_dict(), expected.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    assert not twin.training
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_training_with_a_teacher_goes_on_to_the_same_weights(stop: int, tmp_path: Path) -> None:
+    data, recipe = tiny(), RetrainRecipe(steps=5, batch=8, learning_rate=0.02)
+
+    def run(path: Path, progress: Callable[[str, int, int], None]) -> Network:
+        network = extracted("w8a8", data)
+        teacher = teacher_of(in_float(network, data), recipe)
+        retrain(network, data, recipe, seed=0, progress=progress, checkpoint=path, teacher=teacher)
+        return network
+
+    def stopping(label: str, done: int, steps: int) -> None:
+        if done == stop:
+            raise KeyboardInterrupt
+
+    whole = run(tmp_path / "whole.pt", quiet).state_dict()
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(hwnas.training, "CHECKPOINT_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts.pt", stopping)
+        resumed = run(tmp_path / "parts.pt", quiet).state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 # ---- it goes on where it stopped

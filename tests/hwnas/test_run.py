@@ -107,6 +107,19 @@ def test_the_certificate_names_what_it_certifies(
     assert content["counts"]["macs"] == sum(op.macs for op in ops)
 
 
+def test_the_log_tells_how_often_training_draws_each_value(
+    finished: tuple[Job, Run, dict[str, Any]],
+) -> None:
+    job, run, _ = finished
+    lines = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    (told,) = [line["marginals"] for line in lines if line["event"] == "paths"]
+    assert told.keys() == {gene.name for gene in job.space.genes}
+    for gene in job.space.genes:
+        assert list(told[gene.name]) == list(gene.choices)
+        assert sum(told[gene.name].values()) == pytest.approx(1)
+        assert min(told[gene.name].values()) > 0
+
+
 def test_no_row_of_the_history_is_over_its_limit(
     finished: tuple[Job, Run, dict[str, Any]],
 ) -> None:

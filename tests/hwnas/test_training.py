@@ -14,11 +14,12 @@ from torch import Tensor, nn
 import hwnas.training
 from hwnas.batches import step_batch
 from hwnas.data import Images
-from hwnas.recipes import TrainingRecipe
+from hwnas.recipes import SupernetRecipe, TrainingRecipe
 from hwnas.training import (
     CHECKPOINT_S,
     CHECKPOINT_STEPS,
     Checkpoint,
+    Teacher,
     loss,
     optimiser_of,
     restore,
@@ -79,6 +80,20 @@ def test_the_rate_falls_on_a_line_from_the_full_rate_to_one_step_above_zero() ->
     np.testing.assert_allclose(rates, np.linspace(0.01, 0.01 / 8, 8))
 
 
+def test_a_quantised_rate_is_a_second_decay_after_the_float_steps() -> None:
+    recipe = SupernetRecipe(
+        steps=10, batch=4, learning_rate=0.2, float_share=0.6, quantised_rate=0.1
+    )
+    optimiser, rates = optimiser_of(nn.Linear(2, 2), recipe), []
+    for step in range(10):
+        set_rate(optimiser, recipe, step)
+        rates.append(optimiser.param_groups[0]["lr"])
+    np.testing.assert_allclose(rates[:6], np.linspace(0.2, 0.2 / 6, 6))
+    np.testing.assert_allclose(rates[6:], np.linspace(0.02, 0.02 / 4, 4))
+    plain = recipe.model_copy(update={"quantised_rate": None})
+    np.testing.assert_allclose([plain.rate(step) for step in range(10)], np.linspace(0.2, 0.02, 10))
+
+
 def test_the_loss_is_the_smoothed_cross_entropy_by_hand() -> None:
     rng = np.random.default_rng(0)
     logits, classes = rng.normal(size=(6, 5)), rng.integers(0, 5, 6)
@@ -89,6 +104,31 @@ def test_the_loss_is_the_smoothed_cross_entropy_by_hand() -> None:
         recipe = TRAINING.model_copy(update={"label_smoothing": smoothing})
         found = loss(torch.from_numpy(logits), torch.from_numpy(classes), recipe)
         assert float(found) == pytest.approx(-(target * log_shares).sum(1).mean())
+
+
+# ---- a teacher
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(0.0, 1.0), (0.3, 1.0), (0.7, 4.0), (1.0, 2)])
+def test_a_teachers_loss_is_hintons_by_hand(weight: float, temperature: float) -> None:
+    rng = np.random.default_rng(0)
+    mine, theirs = rng.normal(size=(2, 6, 5))
+    q, p = (np.exp(x / temperature) / np.exp(x / temperature).sum(1, keepdims=True)
+            for x in (mine, theirs))  # fmt: skip
+    soft = temperature**2 * (p * np.log(p / q)).sum(1).mean()
+    teacher = Teacher(lambda _: torch.from_numpy(theirs), weight, temperature)
+    found = teacher.loss(torch.from_numpy(mine), torch.zeros(1), torch.tensor(1.7))
+    assert float(found) == pytest.approx((1 - weight) * 1.7 + weight * soft)
+
+
+def test_the_gradient_of_the_soft_part_keeps_its_share_as_the_temperature_grows() -> None:
+    """Hinton et al. 2015, equation 4: (logits - teacher's) / N for zero-mean logits, times T^2."""
+    torch.manual_seed(0)
+    mine, theirs = (x - x.mean(1, keepdim=True) for x in torch.randn(2, 6, 5, dtype=torch.double))
+    mine = mine.requires_grad_()
+    Teacher(lambda _: theirs, 1.0, 1000.0).loss(mine, torch.zeros(1), torch.tensor(0.0)).backward()
+    assert mine.grad is not None
+    torch.testing.assert_close(mine.grad, (mine - theirs).detach() / 5 / 6, rtol=1e-2, atol=1e-5)
 
 
 # ---- the loop

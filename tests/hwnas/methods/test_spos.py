@@ -7,14 +7,19 @@ import pytest
 
 from hwnas.costs.feasible import FeasibleSet
 from hwnas.costs.limits import Limit, counted_cost
+from hwnas.costs.samplers import CostBinned
 from hwnas.methods.registry import METHODS, method
-from hwnas.methods.spos import HELD, SPOS, WARM_UP, sampler, strategy
-from hwnas.recipes import RECIPES
+from hwnas.methods.spos import SPOS, sampler, schedule, strategy
+from hwnas.recipes import RECIPES, SupernetRecipe
 from hwnas.search.base import Strategy
 from hwnas.search.random import RandomSearch
 from hwnas.spaces.base import Architecture, SearchSpace
 from hwnas.spaces.mobile import Stage, mobile
 from quant.errors import InvalidInput
+
+RECIPE = SupernetRecipe(
+    steps=100, batch=8, learning_rate=0.1, float_share=0.4, widths_from=0.4, widths_by=0.6
+)
 
 
 def space_of(*, skip: bool) -> SearchSpace:
@@ -33,13 +38,13 @@ def space_of(*, skip: bool) -> SearchSpace:
 
 
 def drawn(space: SearchSpace, progress: float, count: int) -> list[dict[str, str]]:
-    chosen = sampler(space)
+    chosen = sampler(space, RECIPE)
     return [
         space.describe(chosen.sample(np.random.default_rng([1, n]), progress)) for n in range(count)
     ]
 
 
-@pytest.mark.parametrize("progress", [0.0, 0.2, WARM_UP - 1e-9])
+@pytest.mark.parametrize("progress", [0.0, 0.2, 0.4 - 1e-9])
 def test_the_warm_up_holds_the_largest_width_and_the_first_precision(progress: float) -> None:
     for genes in drawn(space_of(skip=False), progress, 60):
         assert genes["block0.width"] == "8"
@@ -49,7 +54,7 @@ def test_the_warm_up_holds_the_largest_width_and_the_first_precision(progress: f
 
 def test_the_warm_up_with_skips_gives_every_block_that_stands_its_largest_legal_width() -> None:
     space = space_of(skip=True)
-    chosen = sampler(space)
+    chosen = sampler(space, RECIPE)
     skipped = 0
     for number in range(200):
         architecture = chosen.sample(np.random.default_rng(number), 0.0)
@@ -84,7 +89,7 @@ def test_blocks_are_sampled_uniformly_in_the_warm_up() -> None:
     assert ((counts - 75) ** 2 / 75).sum() < 37.7  # 15 degrees of freedom: independent
 
 
-@pytest.mark.parametrize("progress", [WARM_UP, 0.7, 1.0])
+@pytest.mark.parametrize("progress", [0.6, 0.7, 1.0])
 def test_after_the_warm_up_every_gene_is_uniform(progress: float) -> None:
     space = space_of(skip=False)
     found = drawn(space, progress, 900)
@@ -99,7 +104,7 @@ def test_after_the_warm_up_every_gene_is_uniform(progress: float) -> None:
 
 def test_a_path_depends_on_its_generator_alone() -> None:
     space = space_of(skip=True)
-    one, other = sampler(space), sampler(space)
+    one, other = sampler(space, RECIPE), sampler(space, RECIPE)
     for _ in range(50):
         other.sample(np.random.default_rng(), 0.9)
     for seed in range(20):
@@ -108,10 +113,25 @@ def test_a_path_depends_on_its_generator_alone() -> None:
         assert space.architecture(left.genes) == left
 
 
-def test_what_is_held_is_an_option_of_the_space() -> None:
+def test_what_has_a_schedule_is_an_option_of_the_space() -> None:
     options = {gene.name.rpartition(".")[2] for gene in space_of(skip=True).genes}
-    assert set(HELD) < options
-    assert 0 < WARM_UP < 1
+    assert set(schedule(RECIPE)) < options
+
+
+def test_widths_join_from_the_largest_down_while_precisions_are_all_open() -> None:
+    space = space_of(skip=False)
+    for progress, widths in ((0.4, {"12", "16"}), (0.49, {"12", "16"}), (0.5, {"8", "12", "16"})):
+        found = drawn(space, progress, 80)
+        assert {genes["block2.width"] for genes in found} == widths
+        assert {genes["block1.precision"] for genes in found} == {"fp32", "w8a8"}
+
+
+def test_a_recipe_with_bins_draws_over_bins_of_macs() -> None:
+    recipe = RECIPE.model_copy(update={"cost_bins": 7})
+    found = sampler(space_of(skip=True), recipe)
+    assert isinstance(found, CostBinned)
+    assert (found.bins, found.cost.name) == (7, "macs")
+    assert all(plain.supernet.cost_bins == 0 for plain in RECIPES.values()), "the paper's is usual"
 
 
 # ---- the search

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from hwnas.batches import step_batch
-from hwnas.costs.samplers import UniformSampler
+from hwnas.costs.samplers import Opening, UniformSampler
 from hwnas.data import Images, Splits
-from hwnas.recipes import TrainingRecipe
+from hwnas.recipes import SupernetRecipe
 from hwnas.spaces.base import Architecture, SearchSpace
+from hwnas.spaces.floats import space_in_float
 from hwnas.spaces.mobile import Stage, mobile
 from hwnas.supernet.evaluator import Evaluator
 from hwnas.supernet.network import Supernet
-from hwnas.supernet.trainer import load_supernet, train_supernet
+from hwnas.supernet.trainer import in_float, load_supernet, train_supernet
 from hwnas.training import loss, optimiser_of
 from quant.errors import InvalidInput
 
@@ -117,7 +118,7 @@ def test_a_step_changes_what_its_path_uses_and_nothing_else(
     default = {gene.name: gene.choices[0] for gene in space.genes}
     architecture = space.parse({**default, **last})
     supernet = fresh(space)
-    recipe = TrainingRecipe(steps=10, batch=8, learning_rate=0.02, weight_decay=0.1)
+    recipe = SupernetRecipe(steps=10, batch=8, learning_rate=0.02, weight_decay=0.1)
     before: dict[str, Tensor] = {}
 
     def progress(label: str, done: int, steps: int) -> None:
@@ -145,7 +146,7 @@ def test_gradients_of_zero_would_move_what_is_not_on_the_path(set_to_none: bool)
     supernet = fresh(space)
     batch, classes = step_batch(stripes().train, 8, seed=0, step=0)
     supernet.initialise_ranges(batch)
-    recipe = TrainingRecipe(steps=4, batch=8, learning_rate=0.02)
+    recipe = SupernetRecipe(steps=4, batch=8, learning_rate=0.02)
     optimiser = optimiser_of(supernet, recipe)
     genes = {gene.name: gene.choices[0] for gene in space.genes}
     first = space.parse({**genes, "block0.block": "k5e2", "block0.precision": "w8a8"})
@@ -168,7 +169,7 @@ def test_a_path_gets_the_same_gradient_as_its_extracted_network_in_float() -> No
     supernet.initialise_ranges(batch)
     genes = {gene.name: gene.choices[0] for gene in space.genes}
     architecture = space.parse({**genes, "block0.width": "6"})
-    recipe = TrainingRecipe(steps=1, batch=16, learning_rate=0.1)
+    recipe = SupernetRecipe(steps=1, batch=16, learning_rate=0.1)
     loss(supernet(batch, architecture), classes, recipe).backward()
     network = supernet.extract(architecture, supernet.recalibrate(architecture, [batch]))
     network.train()
@@ -185,7 +186,7 @@ def test_training_makes_the_shared_weights_better(tmp_path: Path) -> None:
     accuracies = []
     for steps in (1, 60):
         supernet = fresh(space)
-        recipe = TrainingRecipe(steps=steps, batch=16, learning_rate=0.02)
+        recipe = SupernetRecipe(steps=steps, batch=16, learning_rate=0.02)
         checkpoint = tmp_path / f"{steps}.pt"
         train_supernet(
             supernet, splits, UniformSampler(space), recipe, seed=0, checkpoint=checkpoint,
@@ -197,6 +198,86 @@ def test_training_makes_the_shared_weights_better(tmp_path: Path) -> None:
         accuracies.append(np.mean([score(a).accuracy for a in some]))
     assert accuracies[0] < 0.75
     assert accuracies[1] > 0.9
+
+
+# ---- float, then quantised
+
+
+def float_and_quantised() -> tuple[SearchSpace, SearchSpace]:
+    """A space without a float precision, and the same with no other."""
+    return tuple(
+        mobile(
+            "small", (Stage(1, 1, (6, 8), squeeze=4), Stage(2, 2, (8, 12))), classes=3, size=8,
+            image_channels=1, stem_channels=8, head_channels=16, kernels=(3, 5), expansions=(2,),
+            precisions=precisions, stem_precisions=precisions[:1],
+        )
+        for precisions in (("fp32",), ("w4a4", "w8a8"))
+    )  # type: ignore[return-value]  # fmt: skip
+
+
+def test_a_supernet_in_float_is_that_of_the_float_space_with_the_same_weights() -> None:
+    plain, quantised = float_and_quantised()
+    assert space_in_float(quantised).count == plain.count
+    expected, supernet = fresh(plain), fresh(quantised)
+    supernet.layers.load_state_dict(expected.layers.state_dict())
+    twin = in_float(supernet)
+    batch, _ = step_batch(stripes().train, 8, seed=0, step=0)
+    rng, sampler = np.random.default_rng(0), UniformSampler(quantised)
+    supernet.initialise_ranges(batch)
+    for _ in range(10):
+        path = sampler.sample(rng)
+        told = {k: v for k, v in quantised.describe(path).items() if "precision" not in k}
+        logits = twin(batch, twin.space.architecture(path.genes))
+        assert torch.equal(logits, expected(batch, plain.parse(told)))
+        assert not torch.equal(logits, supernet(batch, path))
+
+
+def test_a_supernet_in_float_trains_the_very_weights() -> None:
+    _, quantised = float_and_quantised()
+    supernet = fresh(quantised)
+    batch, _ = step_batch(stripes().train, 8, seed=0, step=0)
+    path = quantised.architecture([0] * len(quantised.genes))
+    in_float(supernet)(batch, path).sum().backward()
+    moved = {name for name, p in supernet.named_parameters() if p.grad is not None}
+    assert moved == {name for name in used_by(quantised, path) if name.startswith("layers.")}
+
+
+def test_ranges_are_set_by_the_first_quantised_step(tmp_path: Path) -> None:
+    """From its batch and the weights that the float steps left, on a supernet trained so far."""
+    _, space = float_and_quantised()
+    recipe = SupernetRecipe(steps=10, batch=8, learning_rate=0.02, float_share=0.5)
+    supernet = fresh(space)
+    known: dict[int, dict[str, Tensor]] = {}
+
+    def progress(label: str, done: int, steps: int) -> None:
+        known[done] = snapshot(supernet)
+
+    train_supernet(
+        supernet, stripes(), UniformSampler(space), recipe, seed=0, checkpoint=tmp_path / "s.pt",
+        progress=progress,
+    )  # fmt: skip
+    limits = [name for name in known[1] if name.startswith("ranges.")]
+    weights = known[1].keys() - limits
+    assert any(not torch.equal(known[5][name], known[1][name]) for name in weights)
+    for done in range(1, 6):
+        assert all(torch.isnan(known[done][name]) for name in limits)
+    expected = fresh(space)
+    expected.load_state_dict(known[5])
+    expected.initialise_ranges(step_batch(stripes().train, 8, seed=0, step=5)[0])
+    same = [torch.equal(dict(expected.named_parameters())[n], known[6][n]) for n in limits]
+    assert sum(same) > len(limits) / 2, "the step itself moved those of its path"
+    assert not any(torch.isnan(known[6][name]) for name in limits)
+
+
+def test_without_a_float_share_every_step_is_quantised(tmp_path: Path) -> None:
+    _, space = float_and_quantised()
+    recipe = SupernetRecipe(steps=1, batch=8, learning_rate=0.02, float_share=0.0)
+    supernet = fresh(space)
+    train_supernet(
+        supernet, stripes(), UniformSampler(space), recipe, seed=0, checkpoint=tmp_path / "s.pt",
+        progress=quiet,
+    )  # fmt: skip
+    assert not any(torch.isnan(p).any() for p in supernet.parameters())
 
 
 # ---- resuming
@@ -212,9 +293,9 @@ def trained(
     start_seed: int = 0,
 ) -> Supernet:
     supernet = fresh(space, start_seed)
-    recipe = TrainingRecipe(steps=6, batch=8, learning_rate=0.02)
+    recipe = SupernetRecipe(steps=6, batch=8, learning_rate=0.02)
     train_supernet(
-        supernet, stripes(), UniformSampler(space, held={"width": -1}, held_for=0.4), recipe,
+        supernet, stripes(), UniformSampler(space, {"width": Opening(-1, 0.3, 0.6)}), recipe,
         seed=seed, checkpoint=checkpoint, checkpoint_every=every,
         progress=quiet if stop is None else stopped_after(stop),
     )  # fmt: skip
@@ -231,7 +312,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     return expected
 
 
-@pytest.mark.parametrize(("stop", "every"), [(1, 1), (5, 3), (1, 2), (6, 4)])
+@pytest.mark.parametrize(("stop", "every"), [(1, 1), (2, 1), (3, 1), (5, 3), (1, 2), (6, 4)])
 def test_interrupted_training_goes_on_to_bit_identical_weights(
     stop: int, every: int, whole: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -259,7 +340,7 @@ def test_finished_training_is_not_repeated(tmp_path: Path) -> None:
 def test_progress_is_told_once_a_step_and_the_checkpoint_is_the_only_file(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     space = small_space()
-    recipe = TrainingRecipe(steps=5, batch=8, learning_rate=0.02)
+    recipe = SupernetRecipe(steps=5, batch=8, learning_rate=0.02)
     train_supernet(
         fresh(space), stripes(), UniformSampler(space), recipe, seed=0,
         checkpoint=tmp_path / "s.pt", checkpoint_every=2,
