@@ -56,6 +56,7 @@ def retrain_finalists(job: Job, run: Run, result: Path) -> list[Network]:
                 progress=job.progress,
                 label=f"retraining finalist {number + 1} of {len(finalists)}",
             )
+            network.round_biases()
             save_weights(network, weights)
             training.unlink(missing_ok=True)
             run.log("retrain", finalist=number, search_val=torch_accuracy(network, job.splits))
