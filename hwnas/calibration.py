@@ -94,7 +94,7 @@ def measured_networks(
             percentile: summarise(each, recipe.protocol, percentile=percentile).latency_us
             for percentile in (MEDIAN, *PERCENTILES)
         }
-        rows = tuple((op.precision.name, inside[op.key]) for op in ops)
+        rows = tuple((op.executed.precision.name, inside[op.key]) for op in ops)
         found.append(MeasuredNetwork(rows, paced.latency_us, seen.pop(MEDIAN), seen))
     return found
 

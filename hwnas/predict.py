@@ -75,14 +75,15 @@ def predict(
     model = table.models[calibration].at(MEDIAN)
     costs = []
     for op, inside_us in zip(ops, table.in_network_us(ops), strict=True):
-        if op.precision.name not in model.scales:
+        precision = op.executed.precision
+        if precision.name not in model.scales:
             raise TableError(
-                f"The latency model {calibration!r} knows no {op.precision}.",
+                f"The latency model {calibration!r} knows no {precision}.",
                 accepted=", ".join(model.scales),
                 next_step="name another with --calibration",
             )
-        cost = model.op_cost_us(op.precision.name, inside_us)
-        costs.append(OpCost(op.key, table.rows[op.key].median_us, cost))
+        cost = model.op_cost_us(precision.name, inside_us)
+        costs.append(OpCost(op.key, table.lookup(op).median_us, cost))
     additive = sum(cost.cost_us for cost in costs)
     return Prediction(
         model.predict_ms(additive),

@@ -193,7 +193,7 @@ def _single_operators(job: Job, chains: Sequence[Sequence[OpSpec]]) -> Floats:
         )
     scale = job.table.pace_us / table.pace_us
     cost = {
-        key: sum(table.rows[unit.key].median_us for unit in found) for key, found in parts.items()
+        key: sum(table.lookup(unit).median_us for unit in found) for key, found in parts.items()
     }
     return np.array([scale * sum(cost[op.key] for op in ops) for ops in chains])
 

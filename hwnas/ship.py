@@ -51,6 +51,7 @@ def retrain_finalists(job: Job, run: Run, result: Path) -> list[Network]:
             label = f"finalist {number + 1} of {len(finalists)}"
             teacher = _teacher(job, score, network, result / f"finalist-{number}.teacher.pt", label)
             _retrain(job, network, training, f"retraining {label}", teacher)
+            network.round_biases()
             save_weights(network, weights)
             training.unlink(missing_ok=True)
             run.log("retrain", finalist=number, search_val=torch_accuracy(network, job.splits))

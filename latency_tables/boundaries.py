@@ -35,13 +35,14 @@ def chain_key(chain: Sequence[OpSpec]) -> str:
 
 
 def probes(ops: Iterable[OpSpec]) -> dict[str, Chain]:
-    """A chain for every boundary that the ops cross behind another of them, by boundary.
+    """A chain for every boundary that the ops cross behind another of them, by boundary; all as
+    they are executed.
 
     `ops` come in the order of a network's positions, each with one input. The chain is the shortest
     one, and among those the one with the fewest MACs, whose first op adds no input to its result:
     first in a graph, such an op does not run as it does inside a network.
     """
-    ops = list(ops)
+    ops = list(dict.fromkeys(op.executed for op in ops))
     before: dict[Tensor, Chain] = {}
     for op in ops:
         head = before.get(op.inputs[0], ()) if op.adds(0) else ()

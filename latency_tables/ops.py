@@ -187,7 +187,7 @@ class OpSpec:
     @cached_property
     def boundary(self) -> str:
         """What entering the op costs hangs on this alone: each input with its format and whether
-        it is added to what the op makes of it, and the precision.
+        it is added to what the op makes of it, and the precision of its kernels.
 
         >>> op = OpBuilder(Precision("w8a8"), Tensor(16, 8, 8))
         >>> y = op.conv(0, 16, kernel=3, role="conv")
@@ -195,7 +195,19 @@ class OpSpec:
         'fp32:16x8x8 added > w8a8'
         """
         inputs = [f"{t} added" if self.adds(i) else str(t) for i, t in enumerate(self.inputs)]
-        return f"{', '.join(inputs)} > {self.precision}"
+        return f"{', '.join(inputs)} > {self.precision.executed}"
+
+    @cached_property
+    def executed(self) -> "OpSpec":
+        """The op that runs in its place, at the precision of its kernels: what is measured of it.
+
+        >>> op = OpBuilder(Precision("w4a8"), Tensor(16, 8, 8))
+        >>> _ = op.conv(0, 16, role="conv")
+        >>> op.build().executed.key
+        'w8a8 [fp32:16x8x8] conv(0) c16 k1 s1 g1 n'
+        """
+        precision = self.precision.executed
+        return self if precision == self.precision else replace(self, precision=precision)
 
     def layer_inputs(self, index: int) -> list[Tensor]:
         """The inputs of layer `index`."""

@@ -87,12 +87,15 @@ class LatencyTable:
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def lookup(self, op: OpSpec) -> Row:
-        """The row of an op; raises TableError that names the nearest known keys."""
-        row = self.rows.get(op.key)
+        """The row of an op, that of all ops which run alike (`OpSpec.executed`); raises TableError
+        that names the nearest known keys.
+        """
+        key = op.executed.key
+        row = self.rows.get(key)
         if row is None:
-            near = difflib.get_close_matches(op.key, self.rows, n=3, cutoff=0)
+            near = difflib.get_close_matches(key, self.rows, n=3, cutoff=0)
             raise TableError(
-                f"The table has no row for {op.key!r}.",
+                f"The table has no row for {key!r}.",
                 accepted="; ".join(near) or "nothing yet, the table is empty",
                 next_step="run hwnas profile for this space",
             )
@@ -113,8 +116,9 @@ class LatencyTable:
         return [max(us - saved.get(op.boundary, 0.0), LEAST_SHARE * us) for op, us in alone]
 
     def missing(self, ops: Iterable[OpSpec]) -> list[OpSpec]:
-        """The ops without a row, each key once."""
-        return list({op.key: op for op in ops if op.key not in self.rows}.values())
+        """What is to be measured of the ops, as it is executed, each key once."""
+        executed = {op.executed.key: op.executed for op in ops}
+        return [op for key, op in executed.items() if key not in self.rows]
 
     def protocol_difference(self, other: "LatencyTable") -> str:
         """The first field in which the protocols differ, with both values; empty if none does."""

@@ -29,7 +29,7 @@ from latency_tables.host import Host
 from latency_tables.ops import OpSpec
 from latency_tables.table import LatencyTable, Row
 from profilers.base import Profiler
-from profilers.graphs import emit, random_parameters
+from profilers.graphs import check_kernels, emit, random_parameters
 from profilers.host import pinned
 from profilers.measure import Protocol, Samples, pace_of, shuffled, summarise
 from quant.errors import HwnasError, InvalidInput, TableError
@@ -94,9 +94,10 @@ def build_rows(
     `network_us` is about the latency of a network of the ops: rows whose interval is wide against
     it are measured in more rounds. Without `boundaries`, only ops alone are measured. The caller
     holds `table_lock`. Raises TableError where the table or its journal was measured on another
-    host or by another protocol, and `WrongKernels` where an op does not run in the kernels that it
-    declares.
+    host or by another protocol, InvalidInput where the runtime has no kernel for an op, and
+    `WrongKernels` where an op does not run in the kernels that it declares.
     """
+    check_kernels(ops, profiler.runtime)
     table = open_table(profiler, table_path, protocol)
     wanted = missing_chains(table, ops) if boundaries else [(op,) for op in table.missing(ops)]
     missing = {chain_key(chain): chain for chain in wanted}

@@ -6,13 +6,17 @@ else 128), weights signed 8-bit per output channel, biases 32-bit on exactly the
 Written so, every layer of an integer op runs in an integer kernel; `expected_operators` says which
 operators the optimised graph must then hold, and a profiler checks.
 
+Fewer than eight bits run in the kernels of eight. Activations are kept below their highest code by
+a Clip of the codes. Weights are stored in two or four bits, which the runtime unpacks when it loads
+the file; what it multiplies is stretched (`quant.integer.IntegerWeights`).
+
 An op adds as many bytes to a model wherever it stands (`profilers.sizes`): it is written in the
 same nodes, and the names that tell its place have one length (up to 1000 ops).
 """
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +26,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from latency_tables.ops import Layer, OpSpec, Tensor
 from quant.errors import InvalidInput
-from quant.integer import FloatWeights, IntegerWeights, Weights, bias_codes
+from quant.integer import Floats, FloatWeights, IntegerWeights, Weights, bias_codes, packed
 from quant.precision import ONNXRUNTIME, Grid, Runtime
 
 # Two habits of ONNX Runtime (seen in 1.31.1) would change what runs of a float op between integer
@@ -42,6 +46,8 @@ OPSET = 21
 IR_VERSION = 10
 INPUT, OUTPUT = "input", "output"
 OPS_METADATA = "hwnas.ops"
+CODE_BITS = 8
+"""Bits of an activation's code as kernels take it."""
 
 ONNX_ACTIVATIONS = {
     "relu": ("Relu", {}),
@@ -78,9 +84,10 @@ def random_parameters(op: OpSpec, rng: np.random.Generator) -> OpParameters:
         weight = deviation * rng.standard_normal(shape, np.float32)
         bias = np.float32(0.1) * rng.standard_normal(len(weight), np.float32)
         if op.precision.is_integer:
-            scale = np.full(len(weight), 3 * deviation / 127, np.float32)
-            codes = np.clip(np.rint(weight / scale[:, *[None] * (weight.ndim - 1)]), -127, 127)
-            weights[index] = IntegerWeights(codes.astype(np.int8), scale, bias)
+            top = op.precision.weight_top
+            scale = np.full(len(weight), 3 * deviation / top, np.float32)
+            codes = np.clip(np.rint(weight / scale[:, *[None] * (weight.ndim - 1)]), -top, top)
+            weights[index] = IntegerWeights(codes.astype(np.int8), scale, bias, top)
         else:
             weights[index] = FloatWeights(weight, bias)
     quantised = [i for i, tensor in enumerate(op.inputs) if tensor.format.is_quantised]
@@ -95,18 +102,7 @@ def emit(
     The batch is symbolic. The ops themselves are stored in the model's metadata.
     Raises InvalidInput where the runtime has no kernel for a precision or an activation.
     """
-    for op in ops:
-        runtime.kernel(op.precision)
-    writer = _Writer(runtime)
-    first = ops[0]
-    inputs = [
-        writer.graph_input(INPUT if index == 0 else f"{INPUT}{index}", tensor, parameters[0], index)
-        for index, tensor in enumerate(first.inputs)
-    ]
-    for number, (op, numbers) in enumerate(zip(ops, parameters, strict=True)):
-        inputs = [writer.op(f"op{number:03d}", op, numbers, inputs)]
-    flat = any(layer.kind == "linear" for layer in ops[-1].layers)
-    writer.graph_output(inputs[0], ops[-1].output, flat=flat)
+    writer = _written(ops, parameters, runtime)
     graph = helper.make_graph(
         writer.nodes, "hwnas", writer.inputs, writer.outputs, writer.initializers
     )
@@ -115,6 +111,49 @@ def emit(
     )
     helper.set_model_props(model, {OPS_METADATA: json.dumps([op.to_json() for op in ops])})
     return model
+
+
+def check_kernels(ops: Iterable[OpSpec], runtime: Runtime) -> None:
+    """Raise InvalidInput, with the op, where the runtime has no kernel for an op's precision."""
+    for number, op in enumerate(ops):
+        try:
+            runtime.kernel(op.precision)
+        except InvalidInput as error:
+            raise InvalidInput(
+                f"{error.what} Op {number} has it: {op.key}.",
+                accepted=error.accepted,
+                next_step=error.next_step,
+            ) from error
+
+
+def kernel_biases(
+    ops: Sequence[OpSpec], parameters: Sequence[OpParameters], runtime: Runtime = ONNXRUNTIME
+) -> list[dict[int, Floats]]:
+    """The biases (out,) that integer kernels of the same graph add, by op and layer index: each
+    rounded to the grid of its accumulator. Raises InvalidInput as `emit` does.
+    """
+    found: list[dict[int, Floats]] = [{} for _ in ops]
+    for label, bias in _written(ops, parameters, runtime).biases.items():
+        op, layer, _ = label.split(".", 2)
+        found[int(op.removeprefix("op"))][int(layer)] = bias
+    return found
+
+
+def _written(
+    ops: Sequence[OpSpec], parameters: Sequence[OpParameters], runtime: Runtime
+) -> "_Writer":
+    """A writer that wrote a chain of ops."""
+    check_kernels(ops, runtime)
+    writer = _Writer(runtime)
+    inputs = [
+        writer.graph_input(INPUT if index == 0 else f"{INPUT}{index}", tensor, parameters[0], index)
+        for index, tensor in enumerate(ops[0].inputs)
+    ]
+    for number, (op, numbers) in enumerate(zip(ops, parameters, strict=True)):
+        inputs = [writer.op(f"op{number:03d}", op, numbers, inputs)]
+    flat = any(layer.kind == "linear" for layer in ops[-1].layers)
+    writer.graph_output(inputs[0], ops[-1].output, flat=flat)
+    return writer
 
 
 def read_ops(model: onnx.ModelProto) -> list[OpSpec]:
@@ -141,6 +180,7 @@ def expected_operators(ops: Sequence[OpSpec]) -> Counter[str]:
             count["DequantizeLinear"] += sum(op.inputs[i].format.is_quantised for i in inputs)
             continue
         count["QuantizeLinear"] += sum(i in op.quantisers for i in inputs)
+        count["Clip"] += sum(q.bits < CODE_BITS for q in op.quantisers.values())
         count["QLinearConv"] += sum(i in op.quantisers and op.adds(i) for i in inputs)
         for layer in op.layers:
             match layer.kind:
@@ -193,6 +233,14 @@ class _Writer:
         self.initializers: list[TensorProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
+        self.biases: dict[str, Floats] = {}
+        """Of integer kernels, by their layer's label, as they are rounded."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What nodes and initialisers take in a file, without their lengths."""
+        protos: list[onnx.NodeProto | TensorProto] = [*self.nodes, *self.initializers]
+        return sum(proto.ByteSize() for proto in protos)
 
     def graph_input(
         self, name: str, tensor: Tensor, parameters: OpParameters, index: int
@@ -308,16 +356,51 @@ class _Writer:
             )
         assert isinstance(source, _Codes), "integer weights need a quantised input"
         bias, weights = bias_codes(weights, source.step)
-        zero = np.zeros(len(weights.scale))
+        scale, zero = weights.kernel_scale, np.zeros(len(bias))
+        grid = np.float32(source.step) * scale
+        self.biases[label] = (bias * grid.astype(np.float64)).astype(np.float32)
+        codes = self.weight_codes(f"{label}.weight.codes", weights)
         return (
-            self.dequantise(f"{label}.weight", weights.codes, weights.scale, zero.astype(np.int8)),
-            self.dequantise(
-                f"{label}.bias",
-                bias,
-                np.float32(source.step) * weights.scale,
-                zero.astype(np.int32),
-            ),
+            self.dequantised(f"{label}.weight", codes, scale, zero.astype(np.int8)),
+            self.dequantise(f"{label}.bias", bias, grid, zero.astype(np.int32)),
         )
+
+    def weight_codes(self, name: str, weights: IntegerWeights) -> str:
+        """The stretched codes, stored in the way that takes the fewest bytes."""
+        ways = [_Writer(self.runtime)]
+        ways[0].constant(name, weights.kernel_codes)
+        for indices, table in packed(weights):
+            ways.append(_Writer(self.runtime))
+            ways[-1].unpack(name, weights.codes.shape, indices, table)
+        best = min(ways, key=lambda way: way.size_bytes)
+        self.nodes += best.nodes
+        self.initializers += best.initializers
+        return name
+
+    def unpack(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        indices: np.ndarray[tuple[int, ...], np.dtype[np.uint8]],
+        table: np.ndarray[tuple[int, ...], np.dtype[np.int8]],
+    ) -> None:
+        """Codes (shape) from 4-bit indices and their table (`quant.integer.packed`)."""
+        halves = np.append(indices.ravel(), np.zeros(indices.size % 2, np.uint8)).reshape(-1, 2)
+        self.initializers.append(
+            TensorProto(
+                name=f"{name}.in4",
+                data_type=TensorProto.UINT4,
+                dims=indices.shape,
+                raw_data=(halves[:, 0] | halves[:, 1] << 4).astype(np.uint8).tobytes(),
+            )
+        )
+        whole = self.node("Cast", f"{name}.in32", [f"{name}.in4"], to=TensorProto.INT32)
+        looked_up = [self.constant(f"{name}.of", table), whole]
+        if table.ndim == 1:
+            self.node("Gather", name, looked_up)
+        else:
+            pairs = self.node("Gather", f"{name}.two", looked_up)
+            self.node("Reshape", name, [pairs, self.constant(f"{name}.as", np.array(shape))])
 
     def dequantise(
         self,
@@ -326,8 +409,18 @@ class _Writer:
         scale: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
         zero: np.ndarray[tuple[int, ...], np.dtype[np.integer]],
     ) -> str:
+        return self.dequantised(label, self.constant(f"{label}.codes", codes), scale, zero)
+
+    def dequantised(
+        self,
+        label: str,
+        codes: str,
+        scale: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
+        zero: np.ndarray[tuple[int, ...], np.dtype[np.integer]],
+    ) -> str:
+        """The values of codes that are there already."""
         inputs = [
-            self.constant(f"{label}.codes", codes),
+            codes,
             self.constant(f"{label}.scale", scale),
             self.constant(f"{label}.zero", zero),
         ]
@@ -359,7 +452,14 @@ class _Writer:
         quantiser = op.quantisers[index]
         grid = self.runtime.grid(quantiser.bits, signed=quantiser.signed)
         codes = self.codes(name, parameters.limits[index], grid)
-        self.node("QuantizeLinear", name, [value, codes.scale, codes.zero_point])
+        if quantiser.bits == CODE_BITS:
+            self.node("QuantizeLinear", name, [value, codes.scale, codes.zero_point])
+        else:  # below the lowest code, 0, the bytes saturate by themselves
+            wide = self.node(
+                "QuantizeLinear", f"{name}.wide", [value, codes.scale, codes.zero_point]
+            )
+            top = self.constant(f"{name}.top", np.uint8(grid.high - grid.low))
+            self.node("Clip", name, [wide, "", top])
         return codes
 
     def codes(self, name: str, limit: float, grid: Grid) -> _Codes:

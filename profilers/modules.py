@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latency_tables.ops import NORM_EPSILON, Layer, OpSpec
-from profilers.graphs import OpParameters
+from profilers.graphs import OpParameters, kernel_biases
 from quant import integer, layers
 from quant.precision import ONNXRUNTIME, Runtime
 
@@ -144,6 +144,15 @@ class OpModule(nn.Module):
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(variance)
 
+    def shift_bias(self, index: int, shift: integer.Floats) -> None:
+        """Add `shift` (out,) to what layer `index` adds, in its norm or in itself."""
+        bias = (
+            self._norm(index) if self.op.layers[index].norm else self.weighted_layers[index]
+        ).bias
+        assert bias is not None
+        with torch.no_grad():
+            bias.add_(torch.from_numpy(shift).to(bias.device))
+
     def _weighted(self, index: int, layer: Layer, value: Tensor) -> Tensor:
         result: Tensor = self.weighted[str(index)](value)
         return self._norm(index)(result) if layer.norm else result
@@ -164,6 +173,7 @@ class Network(nn.Module):
     def __init__(self, ops: Sequence[OpSpec], runtime: Runtime = ONNXRUNTIME) -> None:
         super().__init__()
         self.ops = tuple(ops)
+        self.runtime = runtime
         self.chain = nn.Sequential(*(OpModule(op, runtime) for op in ops))
 
     @property
@@ -179,6 +189,18 @@ class Network(nn.Module):
     def parameters_for_graph(self) -> list[OpParameters]:
         """What `profilers.graphs.emit` needs, op by op."""
         return [module.parameters_for_graph() for module in self.op_modules]
+
+    def round_biases(self) -> None:
+        """Move the bias of each integer layer onto the grid of its accumulator, as the network's
+        file has it: what then still differs is the rounding of codes that lie on a tie.
+
+        Raises InvalidInput where the runtime has no kernel for an op.
+        """
+        numbers = self.parameters_for_graph()
+        rounded = kernel_biases(self.ops, numbers, self.runtime)
+        for module, own, biases in zip(self.op_modules, numbers, rounded, strict=True):
+            for index, bias in biases.items():
+                module.shift_bias(index, bias - own.weights[index].bias)
 
 
 def _numpy(tensor: Tensor) -> integer.Floats:

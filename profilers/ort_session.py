@@ -20,9 +20,11 @@ from profilers.measure import Protocol, Samples, time_block
 
 WATCHED = (
     "Conv", "Gemm", "QLinearConv", "QGemm", "QLinearAdd", "QLinearMul", "QLinearSigmoid",
-    "QLinearGlobalAveragePool", "QuantizeLinear", "DequantizeLinear",
+    "QLinearGlobalAveragePool", "QuantizeLinear", "DequantizeLinear", "Clip",
 )  # fmt: skip
-"""Operators whose count in the optimised graph must be what the ops declare."""
+"""Operators whose count in the optimised graph must be what the ops declare. A Clip is one of
+codes, which has no lower end; one with both is an activation, alone or in its convolution.
+"""
 
 _SPELLINGS = {"FusedConv": "Conv", "FusedGemm": "Gemm", "MatMul": "Gemm", "FusedMatMul": "Gemm"}
 
@@ -79,7 +81,9 @@ def executed_operators(model: bytes, threads: int) -> Counter[str]:
     ]
     constants = {name for inputs, outputs, _ in nodes for name in outputs if not inputs}
     return Counter(
-        _SPELLINGS.get(kind, kind) for _, outputs, kind in nodes if outputs[0] not in constants
+        "Relu6" if kind == "Clip" and b"" not in inputs else _SPELLINGS.get(kind, kind)
+        for inputs, outputs, kind in nodes
+        if outputs[0] not in constants
     )
 
 

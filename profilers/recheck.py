@@ -38,7 +38,8 @@ def drift(
     profiler: Profiler, table: LatencyTable, ops: Sequence[OpSpec], protocol: Protocol
 ) -> Drift:
     """Time `PROBED` of the ops again, from the quickest to the slowest; takes half a second."""
-    ranked = sorted(ops, key=lambda op: table.lookup(op).median_us)
+    executed = dict.fromkeys(op.executed for op in ops)
+    ranked = sorted(executed, key=lambda op: table.lookup(op).median_us)
     places = np.unique(np.linspace(0, len(ranked) - 1, PROBED).astype(int))
     models = {ranked[place].key: row_model((ranked[place],), profiler) for place in places}
     blocks: dict[str, list[Samples]] = {key: [] for key in models}

@@ -21,7 +21,7 @@ from quant.precision import ONNXRUNTIME
 
 CALL_US = 5.0
 OP_US = 2.0
-MACS_PER_US = {"fp32": 40_000.0, "w8a8": 120_000.0}
+MACS_PER_US = {"fp32": 40_000.0, "int8": 120_000.0}
 ELEMENTS_PER_US = 20_000.0
 CONVERSIONS_PER_US = 4_000.0
 
@@ -36,7 +36,7 @@ def op_us(op: OpSpec) -> float:
     )
     return (
         OP_US
-        + op.macs / MACS_PER_US[op.precision.name]
+        + op.macs / MACS_PER_US[ONNXRUNTIME.kernel(op.precision)]
         + moved / ELEMENTS_PER_US
         + converted / CONVERSIONS_PER_US
     )

@@ -41,7 +41,8 @@ def _zeros(op: OpSpec) -> OpParameters:
     for index, shape in op.weight_shapes.items():
         bias = np.zeros(shape[0], np.float32)
         if op.precision.is_integer:
-            weights[index] = IntegerWeights(np.zeros(shape, np.int8), bias + 1, bias)
+            codes, top = np.zeros(shape, np.int8), op.precision.weight_top
+            weights[index] = IntegerWeights(codes, bias + 1, bias, top)
         else:
             weights[index] = FloatWeights(np.zeros(shape, np.float32), bias)
     return OpParameters(weights, dict.fromkeys(range(len(op.values)), 1.0))

@@ -71,6 +71,18 @@ w<2-8>a<2-8> such as w8a8, or pact-w<1-8>a<2-8>.
         return self.name.startswith("pact-")
 
     @cached_property
+    def weight_top(self) -> int:
+        """The largest weight code. Those of DoReFa are odd, in half steps, and +-1 for one bit.
+
+        >>> Precision("w4a8").weight_top, Precision("pact-w1a2").weight_top
+        (7, 1)
+        >>> Precision("pact-w4a4").weight_top
+        15
+        """
+        bits = self.weight_bits
+        return 2**bits - 1 if self.is_pact else weight_top(bits)
+
+    @cached_property
     def executed(self) -> "Precision":
         """The precision whose kernels run this one, and whose table rows it shares: every integer
         weight is held in eight bits when it is multiplied.
@@ -131,8 +143,8 @@ class Grid:
 class Runtime:
     """What an inference runtime makes of a precision.
 
-    `kernels` maps each searched precision to the kernel that executes it; a precision that is not
-    in it cannot be profiled or exported there.
+    `kernels` maps searched precisions to the kernel that executes them, several of one kernel
+    written as `w<2-8>a8`; a precision that is not in it cannot be profiled or exported there.
     `unsigned_activations` tells whether an activation that is never negative gets all codes
     (ONNX Runtime, 255 steps) or the upper half of a signed type (TensorRT, 127 steps).
     """
@@ -142,14 +154,19 @@ class Runtime:
     unsigned_activations: bool
 
     def kernel(self, precision: Precision) -> str:
-        """The kernel that executes `precision`; raises InvalidInput where there is none."""
-        if precision.name not in self.kernels:
-            raise InvalidInput(
-                f"{self.name} has no kernel for {precision}.",
-                accepted=", ".join(self.kernels),
-                next_step="search other precisions for this device",
-            )
-        return self.kernels[precision.name]
+        """The kernel that executes `precision`; raises InvalidInput where there is none.
+
+        >>> ONNXRUNTIME.kernel(Precision("w4a8")), ONNXRUNTIME.kernel(Precision("pact-w1a2"))
+        ('int8', 'int8')
+        """
+        for names, kernel in self.kernels.items():
+            if re.fullmatch(names.replace("<", "[").replace(">", "]"), precision.name):
+                return kernel
+        raise InvalidInput(
+            f"{self.name} has no kernel for {precision}.",
+            accepted=", ".join(self.kernels),
+            next_step="search other precisions for this device",
+        )
 
     def grid(self, bits: int, *, signed: bool) -> Grid:
         """The activation grid of `bits` bits.
@@ -165,7 +182,11 @@ class Runtime:
         return Grid(0, top, top)
 
 
-ONNXRUNTIME = Runtime("onnxruntime", {"fp32": "fp32", "w8a8": "int8"}, unsigned_activations=True)
+ONNXRUNTIME = Runtime(
+    "onnxruntime",
+    {"fp32": "fp32", "w<2-8>a<2-8>": "int8", "pact-w<1-7>a<2-8>": "int8"},
+    unsigned_activations=True,
+)
 TENSORRT = Runtime(
     "tensorrt",
     {"fp32": "fp32", "tf32": "tf32", "fp16": "fp16", "bf16": "bf16", "w8a8": "int8"},

@@ -128,7 +128,7 @@ def latency_cost(space: SearchSpace, table: LatencyTable, model: LatencyModel) -
             next_step="run hwnas profile for this space",
         )
     inside = zip(space.lattice.ops, table.in_network_us(space.lattice.ops), strict=True)
-    per_op = np.array([model.op_cost_us(op.precision.name, us) for op, us in inside])
+    per_op = np.array([model.op_cost_us(op.executed.precision.name, us) for op, us in inside])
     return AdditiveCost(
         "latency_ms", per_op, model.predict_ms, model.upper_ms, model.budget_us, model.upper_ratio
     )

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hwnas.costs.samplers import UniformSampler
 from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
-from hwnas.spaces.mobile import mobile_tiny
+from hwnas.spaces.mobile import Stage, mobile, mobile_tiny
 from latency_tables.ops import OpBuilder, OpSpec, Tensor
 from profilers.base import WrongKernels
 from profilers.graphs import (
@@ -26,6 +26,7 @@ from profilers.graphs import (
     OpParameters,
     emit,
     expected_operators,
+    kernel_biases,
     random_parameters,
     read_ops,
 )
@@ -37,6 +38,8 @@ from quant.precision import ONNXRUNTIME, Format, Precision
 
 FP32, W8A8 = Precision("fp32"), Precision("w8a8")
 FORMATS = ("fp32", "fp32+", "a8", "a8+")
+LOW = tuple(map(Precision, ("w4a8", "w2a8", "w8a4", "w4a4", "w2a4", "w3a5", "w5a2")))
+"""Precisions of fewer than eight bits: of weights, of activations, of both."""
 CHANNELS, SIDE, BATCH = 8, 10, 3
 INPUT_LIMIT = 3.0
 SIMULATION = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -75,6 +78,7 @@ BLOCKS: dict[str, Block] = {
 
 every_block = pytest.mark.parametrize("block", BLOCKS.values(), ids=list(BLOCKS))
 every_format = pytest.mark.parametrize("kind", FORMATS)
+every_low = pytest.mark.parametrize("precision", LOW, ids=str)
 every_precision = pytest.mark.parametrize("precision", [FP32, W8A8], ids=str)
 
 
@@ -455,7 +459,184 @@ def test_a_layer_is_added_only_where_a_block_that_adds_its_input_converts_it(
         assert written["Conv"] - convolutions == (changes and precision.is_integer)
 
 
+# ---- fewer than eight bits
+
+
+@pytest.mark.parametrize("kind", ["fp32", "a8+", "a4"])
+@every_low
+@every_block
+def test_every_low_bit_block_is_valid_onnx_and_runs_in_its_declared_kernels(
+    block: Block, precision: Precision, kind: str
+) -> None:
+    op = block(tensor(kind), precision, "relu")
+    model = random_model([op])
+    onnx.checker.check_model(model, full_check=True)
+    OrtProfiler().check(model)
+    found = optimised_operators(model)
+    left = {"Transpose", "Flatten", "QGemm", *expected_operators([op])}
+    assert set(found) <= left, "nothing runs in float, and nothing is unpacked at run time"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*map(str, LOW), "w7a3", "pact-w1a2", "pact-w2a4", "pact-w7a8"])
+def test_every_low_bit_block_with_any_input_and_activation_runs_as_declared(name: str) -> None:
+    kinds = (*FORMATS, "a4", "a4+", "a2+")
+    functions = ("relu", "sigmoid", "hard_sigmoid", "hard_swish")
+    for block, kind, function in itertools.product(BLOCKS.values(), kinds, functions):
+        OrtProfiler().check(random_model([block(tensor(kind), Precision(name), function)]))
+
+
+@pytest.mark.parametrize(
+    ("op", "clips"),
+    [
+        (BLOCKS["squeeze"](tensor("fp32"), Precision("w8a4"), "relu"), 10),
+        (BLOCKS["squeeze"](tensor("a4"), Precision("w4a4"), "relu"), 9),
+        (BLOCKS["squeeze"](tensor("fp32"), Precision("w4a8"), "relu"), 0),
+        (BLOCKS["classifier"](tensor("a8+"), Precision("w2a2"), "relu"), 2),
+        (BLOCKS["classifier"](tensor("a2+"), W8A8, "relu"), 0),
+    ],
+)
+def test_the_clips_of_an_op_are_those_counted_by_hand(op: OpSpec, clips: int) -> None:
+    """Of its input where that is float, expand, depthwise, pool, squeeze, excite, gate, scaled,
+    project and sum; of the head's convolution and pool."""
+    assert expected_operators([op])["Clip"] == clips
+    assert optimised_operators(random_model([op]))["Clip"] == clips
+
+
+def test_an_activation_that_is_bounded_at_both_ends_is_no_clip_of_codes() -> None:
+    """Relu6 after a sum is not fused into a convolution; it is not counted as a clip of codes."""
+    builder = OpBuilder(FP32, tensor())
+    builder.activation(builder.add(builder.conv(0, CHANNELS, role="conv"), 0), "relu6")
+    model = random_model([builder.build()])
+    assert [node.op_type for node in model.graph.node].count("Clip") == 1
+    assert optimised_operators(model)["Clip"] == 0
+    OrtProfiler().check(model)
+
+
+def test_a_missing_clip_is_found() -> None:
+    model = random_model([BLOCKS["conv"](tensor("a8"), Precision("w8a4"), "relu")])
+    (clip,) = [node for node in model.graph.node if node.op_type == "Clip"]
+    model.graph.node.remove(clip)
+    model.graph.node[-1].output[:] = clip.output
+    with pytest.raises(WrongKernels, match="Clip 0 times, not 1"):
+        OrtProfiler().check(model)
+
+
+@pytest.mark.parametrize("before", [FP32, Precision("w8a4")], ids=str)
+@pytest.mark.parametrize("precision", [W8A8, *LOW], ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_an_integer_graph_is_pytorch_to_the_last_code_once_biases_are_rounded(
+    trained: Trained, name: str, precision: Precision, before: Precision
+) -> None:
+    """What is left are values within a float's precision of a tie: at most one code in a thousand,
+    by one step. No code is beyond its bits."""
+    stem = BLOCKS["conv"](tensor(), before, "relu")
+    op = BLOCKS[name](stem.output, precision, "relu")
+    feed = images(stem.inputs[0])
+    network = trained([stem, op], feed.values)
+    network.round_biases()
+    parameters = network.parameters_for_graph()
+    model = emit([stem, op], parameters)
+    with torch.no_grad():
+        reference = network(torch.from_numpy(feed.values)).numpy()
+    codes = run(model, feed.graph)
+    if codes.dtype == np.uint8:
+        bits = precision.activation_bits
+        assert codes.max() < 2**bits
+        assert len(np.unique(codes)) > 2**bits / 4
+    wanted, *found = steps(op, parameters[1], reference, codes, run(model, feed.graph, SIMULATION))
+    for away in (np.abs(each - wanted) for each in found):
+        assert away.max() < 1.01
+        assert (away > 0.01).mean() <= 0.001
+
+
+def unpacked(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with plain signed bytes where packed codes were, as ONNX Runtime unpacks them."""
+    plain = onnx.ModelProto.FromString(model.SerializeToString())
+    graph = plain.graph
+    parts = [node for node in graph.node if node.op_type in ("Cast", "Gather", "Reshape")]
+    codes = [node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"]
+    wanted = [node.output[0] for node in parts if node.output[0] in codes]
+    values = [helper.make_tensor_value_info(name, TensorProto.INT8, None) for name in wanted]
+    bare = helper.make_graph(parts, "codes", [], values, graph.initializer)
+    unpacking = helper.make_model(
+        bare, opset_imports=model.opset_import, ir_version=model.ir_version
+    )
+    options = session_options(1)
+    options.graph_optimization_level = SIMULATION
+    session = ort.InferenceSession(unpacking.SerializeToString(), options)
+    for node in parts:
+        graph.node.remove(node)
+    for name, found in zip(wanted, session.run(wanted, {}), strict=True):
+        graph.initializer.append(numpy_helper.from_array(found, name))
+    read = {name for node in graph.node for name in node.input}
+    for constant in [item for item in graph.initializer if item.name not in read]:
+        graph.initializer.remove(constant)
+    return plain
+
+
+@pytest.mark.parametrize("name", ["w4a8", "w3a8", "w2a8", "w2a4", "pact-w1a2", "pact-w2a4"])
+def test_packed_weights_are_unpacked_when_the_file_is_loaded(name: str) -> None:
+    """The same operators, the same output to the last bit, and the codes that were written; in a
+    file that is smaller by what packing saves."""
+    op = inverted_residual(
+        tensor("fp32", 32, 8), 32, kernel=3, expansion=3, squeeze=4, precision=Precision(name)
+    )
+    head = classifier(op.output, 64, 10, precision=Precision(name))
+    parameters = [random_parameters(o, np.random.default_rng(3)) for o in (op, head)]
+    model = emit([op, head], parameters)
+    plain = unpacked(model)
+    codes = [w.codes for numbers in parameters for w in numbers.weights.values()]
+    bits = 2 if parameters[0].weights[0].top == 1 else 4
+    packed_in = sum(node.op_type == "Gather" for node in model.graph.node)
+    assert packed_in >= 3
+    saved = len(plain.SerializeToString()) - len(model.SerializeToString())
+    assert saved > 0.6 * sum(w.size for w in codes) * (1 - bits / 8)
+    assert optimised_operators(model) == optimised_operators(plain)
+    OrtProfiler().check(plain)
+    feed = images(op.inputs[0]).graph
+    np.testing.assert_array_equal(run(model, feed), run(plain, feed))
+    np.testing.assert_array_equal(run(model, feed, SIMULATION), run(plain, feed, SIMULATION))
+    written = {item.name: item for item in plain.graph.initializer}
+    for number, (spec, numbers) in enumerate(zip((op, head), parameters, strict=True)):
+        for index, weights in numbers.weights.items():
+            label = f"op{number:03d}.{index}.{spec.layers[index].role}.weight.codes"
+            np.testing.assert_array_equal(
+                numpy_helper.to_array(written[label]), weights.kernel_codes
+            )
+
+
 # ---- whole networks
+
+
+def test_random_networks_of_many_precisions_run_in_their_declared_kernels() -> None:
+    """30 random architectures with any of nine precisions at any place; conversions and clips
+    counted by hand."""
+    names = ("fp32", "w8a8", "pact-w1a2", *map(str, LOW))
+    space = mobile(
+        "many", (Stage(1, 1, (16,)), Stage(2, 2, (32,), squeeze=4), Stage(2, 2, (48, 64))),
+        classes=10, size=32, precisions=names, stem_precisions=names,
+    )  # fmt: skip
+    sampler, rng = UniformSampler(space), np.random.default_rng(7)
+    for seed in range(30):
+        ops = list(space.lower(sampler.sample(rng)))
+        model = random_model(ops, seed)
+        OrtProfiler().check(model)
+        found = optimised_operators(model)
+        pairs = list(itertools.pairwise([False, *(op.precision.is_integer for op in ops)]))
+        assert found["QuantizeLinear"] == pairs.count((False, True))
+        assert found["DequantizeLinear"] == pairs.count((True, False))
+        low = [op for op in ops if op.precision.is_integer and op.precision.activation_bits < 8]
+        assert found["Clip"] == sum(
+            len(op.layers)
+            - sum(layer.function == "relu" for layer in op.layers)
+            + (not op.inputs[0].format.is_quantised)
+            - op.logits
+            for op in low
+        )
+        counted = {*WATCHED, "Transpose", "Flatten", "ReorderInput", "ReorderOutput"}
+        floating = {"Add", "Mul", "AveragePool", "GlobalAveragePool", "Max"}
+        assert set(found) <= counted | floating, "and nothing unpacks weights"
 
 
 def test_random_mixed_networks_run_in_their_declared_kernels() -> None:
@@ -521,7 +702,7 @@ def test_a_float_convolution_between_integer_blocks_stays_float(
 
 def test_an_op_is_written_alike_wherever_it_stands() -> None:
     """But for its number and that of the op before it; so it takes as many bytes."""
-    for precision, function in itertools.product((FP32, W8A8), ("relu", "hard_swish")):
+    for precision, function in itertools.product((FP32, W8A8, *LOW), ("relu", "hard_swish")):
         stem = conv_norm_activation(
             tensor(), CHANNELS, kernel=3, precision=W8A8, activation="hard_swish"
         )
@@ -532,6 +713,7 @@ def test_an_op_is_written_alike_wherever_it_stands() -> None:
         back = conv_norm_activation(
             op.output, CHANNELS, kernel=1, precision=W8A8, activation="hard_swish"
         )
+        assert back.output == stem.output
         ops = [stem, op, back] * 5
         model = emit(ops, [random_parameters(o, np.random.default_rng(0)) for o in ops])
         written: dict[int, list[bytes]] = {}
@@ -638,12 +820,17 @@ def test_relu6_has_no_integer_form(block: Block) -> None:
     assert caught.value.next_step
 
 
-@pytest.mark.parametrize("name", ["fp16", "bf16", "tf32", "fp8", "w4a8", "w8a4"])
-def test_a_precision_without_a_kernel_is_refused(name: str) -> None:
-    op = BLOCKS["conv"](tensor(), Precision(name), "relu")
-    with pytest.raises(InvalidInput, match=name) as caught:
-        emit([op], [random_parameters(op, np.random.default_rng(0))])
-    assert caught.value.accepted == "fp32, w8a8"
+@pytest.mark.parametrize("name", ["fp16", "bf16", "tf32", "fp8", "pact-w8a8"])
+def test_a_precision_without_a_kernel_is_refused_with_its_op(name: str) -> None:
+    """DoReFa's weights of eight bits need codes up to 255, which are no signed bytes."""
+    before = BLOCKS["conv"](tensor(), W8A8, "relu")
+    op = BLOCKS["conv"](before.output, Precision(name), "relu")
+    for call in (emit, kernel_biases):
+        with pytest.raises(InvalidInput, match=name) as caught:
+            call([before, op], [OpParameters({})] * 2)
+        assert caught.value.what.endswith(f"Op 1 has it: {op.key}.")
+        assert caught.value.accepted == "fp32, w<2-8>a<2-8>, pact-w<1-7>a<2-8>"
+        assert caught.value.next_step
 
 
 # ---- what a model says of itself

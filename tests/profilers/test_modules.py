@@ -16,13 +16,14 @@ from torch.nn import functional
 
 from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
 from latency_tables.ops import Layer, OpBuilder, OpSpec, Tensor
+from profilers.graphs import OpParameters
 from profilers.modules import ACTIVATIONS, Network, OpModule, run_op
 from quant.fakequant import fake_quantise_activation, fake_quantise_weight
-from quant.integer import FloatWeights, IntegerWeights, fold_float
+from quant.integer import FloatWeights, IntegerWeights, bias_codes, fold_float
 from quant.layers import ActivationQuantiser, QuantConv2d, QuantLinear
 from quant.precision import ONNXRUNTIME, TENSORRT, Format, Precision, weight_top
 
-FP32, W8A8, W4A4 = map(Precision, ("fp32", "w8a8", "w4a4"))
+FP32, W8A8, W4A8, W4A4 = map(Precision, ("fp32", "w8a8", "w4a8", "w4a4"))
 INPUT = Tensor(8, 6, 6)
 Trained = Callable[..., Network]
 
@@ -377,3 +378,70 @@ def test_folding_without_a_norm_keeps_the_weights() -> None:
     folded = fold_float(weight, None, None)
     np.testing.assert_array_equal(folded.weight, weight)
     np.testing.assert_array_equal(folded.bias, np.zeros(len(weight), np.float32))
+
+
+# ---- biases on the accumulator's grid
+
+
+IMAGE = Tensor(1, 8, 8)
+
+
+def step_of(op: OpSpec, parameters: OpParameters, index: int) -> float:
+    """The step of a value that the op quantises."""
+    quantiser = op.quantisers[index]
+    grid = ONNXRUNTIME.grid(quantiser.bits, signed=quantiser.signed)
+    return float(np.float32(parameters.limits[index]) / np.float32(grid.top))
+
+
+def chain_of(precision: Precision) -> list[OpSpec]:
+    stem = conv_norm_activation(IMAGE, 8, kernel=3, precision=W8A8)
+    block = inverted_residual(stem.output, 8, kernel=3, expansion=2, squeeze=2, precision=precision)
+    return [stem, block, classifier(block.output, 16, 4, precision=precision)]
+
+
+@pytest.mark.parametrize("precision", [W8A8, W4A8, W4A4, Precision("w2a4")], ids=str)
+def test_rounded_biases_are_those_of_the_integer_kernel(
+    trained: Trained, precision: Precision
+) -> None:
+    """By `bias_codes`, from each layer's own input; weights and ranges stay as they are."""
+    ops = chain_of(precision)
+    network = trained(ops, images(16, spec=IMAGE))
+    before = network.parameters_for_graph()
+    network.round_biases()
+    after = network.parameters_for_graph()
+    given, moved = 0.0, []
+    for op, old, new in zip(ops, before, after, strict=True):
+        assert old.limits == new.limits
+        for index, weights in new.weights.items():
+            source = op.layers[index].inputs[0]
+            step = step_of(op, old, source) if source in op.quantisers else given
+            np.testing.assert_array_equal(weights.codes, old.weights[index].codes)
+            np.testing.assert_array_equal(weights.scale, old.weights[index].scale)
+            codes, kept = bias_codes(old.weights[index], step)
+            grid_step = np.float32(step) * kept.kernel_scale
+            np.testing.assert_allclose(weights.bias, codes * grid_step, rtol=1e-5, atol=1e-6)
+            moved.append(np.abs(weights.bias - old.weights[index].bias).max() / grid_step.max())
+        if not op.logits:
+            given = step_of(op, old, len(op.values) - 1)
+    assert 0.2 < max(moved) <= 0.51, "by up to half a step"
+
+
+def test_rounding_biases_again_changes_nothing_that_shows(trained: Trained) -> None:
+    ops = chain_of(W8A8)
+    network = trained(ops, images(16, spec=IMAGE))
+    seen = torch.from_numpy(images(16, spec=IMAGE))
+    unrounded = network(seen)
+    network.round_biases()
+    once = network(seen)
+    network.round_biases()
+    torch.testing.assert_close(network(seen), once, rtol=0, atol=1e-5)
+    assert (unrounded - once).abs().max() > 1e-4
+
+
+def test_a_float_networks_biases_stay(trained: Trained) -> None:
+    stem = conv_norm_activation(IMAGE, 8, kernel=3, precision=FP32)
+    network = trained([stem], images(4, spec=IMAGE))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    network.round_biases()
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from quant.fakequant import fake_quantise_weight
-from quant.integer import Floats, IntegerWeights, Norm, bias_codes, fold_float, fold_integer
+from quant.integer import (
+    Floats,
+    IntegerWeights,
+    Norm,
+    bias_codes,
+    fold_float,
+    fold_integer,
+    packed,
+)
 from quant.precision import weight_top
 
 INT32_TOP = 2**31 - 1
@@ -91,7 +99,7 @@ def test_an_integer_kernel_is_within_one_step_of_fake_quantised_layer_then_norm(
     with_bias: bool,
     with_norm: bool,
 ) -> None:
-    """A step of the accumulator is input_scale * scale[out].
+    """A step of the accumulator is input_scale * kernel_scale[out].
 
     The bias is rounded to it, which costs half a step; the float32 factors cost the rest, for sums
     of up to 10^6 steps.
@@ -106,9 +114,9 @@ def test_an_integer_kernel_is_within_one_step_of_fake_quantised_layer_then_norm(
 
     trained = fake_quantise_weight(torch.from_numpy(weight), bits).numpy()
     expected = _reference(codes_in * input_scale, trained.astype(float), bias, norm)
-    sums = _reference(codes_in.astype(float), weights.codes.astype(float), None, None)
+    sums = _reference(codes_in.astype(float), weights.kernel_codes.astype(float), None, None)
     channels = (1, -1, *[1] * (sums.ndim - 2))
-    step = (input_scale * weights.scale.astype(float)).reshape(channels)
+    step = (input_scale * weights.kernel_scale.astype(float)).reshape(channels)
     assert np.all(np.abs(sums) + np.abs(codes).reshape(channels) <= INT32_TOP)
     found = (sums + codes.reshape(channels)) * step
     assert np.max(np.abs(found - expected) / step) <= 1
@@ -239,3 +247,80 @@ def test_a_huge_bias_leaves_room_for_the_sum_in_the_accumulator(share: float) ->
     weights = IntegerWeights(np.full((1, 960), 127, np.int8), np.array([scale]), bias)
     codes, kept = bias_codes(weights, input_scale)
     assert int(codes[0]) + 255 * int(np.abs(kept.codes.astype(np.int64)).sum()) <= INT32_TOP
+
+
+# ---- low-bit codes
+
+
+TOPS = {"w2": 1, "w3": 3, "w4": 7, "w5": 15, "w6": 31, "w7": 63, "w8": 127}
+
+
+def _low_bit(top: int, shape: tuple[int, ...], seed: int = 6) -> IntegerWeights:
+    """Codes over their whole range, with scales of a trained layer's size."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(-top, top + 1, shape).astype(np.int8)
+    codes.reshape(-1)[:2] = (-top, top)
+    scale = rng.uniform(0.001, 0.1, shape[0]).astype(np.float32)
+    return IntegerWeights(codes, scale, rng.uniform(-1, 1, shape[0]).astype(np.float32), top)
+
+
+@pytest.mark.parametrize("top", TOPS.values(), ids=list(TOPS))
+def test_stretched_codes_stand_for_the_same_weights_and_do_not_saturate(top: int) -> None:
+    """Two products of 64 and an unsigned byte fit 16 bits, which those of 65 do not."""
+    weights = _low_bit(top, (6, 5, 3, 3))
+    values = weights.codes * weights.scale.astype(float).reshape(-1, 1, 1, 1)
+    kernel = weights.kernel_codes * weights.kernel_scale.astype(float).reshape(-1, 1, 1, 1)
+    np.testing.assert_allclose(kernel, values, rtol=2**-23)
+    largest = int(np.abs(weights.kernel_codes.astype(int)).max())
+    assert largest == weights.stretch * top
+    if top < 127:
+        assert 2 * 255 * largest <= 2**15 - 1
+        assert 2 * 255 * (largest + top) > 2**15 - 1, "no larger factor would do"
+    else:
+        assert weights.stretch == 1
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (5, 3, 3, 3), (10, 7), (8, 1, 5, 5), (1, 1)])
+@pytest.mark.parametrize("top", TOPS.values(), ids=list(TOPS))
+def test_packed_codes_come_back_from_their_table(top: int, shape: tuple[int, ...]) -> None:
+    """Two of two bits share an index where their number is even."""
+    weights = IntegerWeights(
+        np.resize(np.arange(-top, top + 1), shape).astype(np.int8),
+        np.ones(shape[0], np.float32),
+        np.zeros(shape[0], np.float32),
+        top,
+    )
+    count = weights.codes.size
+    sizes = [] if top > 7 else [count, count // 2] if top == 1 and count % 2 == 0 else [count]
+    ways = packed(weights)
+    assert [indices.size for indices, _ in ways] == sizes
+    for indices, table in ways:
+        assert indices.max() < 16 == len(table)
+        np.testing.assert_array_equal(table[indices].reshape(shape), weights.kernel_codes)
+
+
+@pytest.mark.parametrize("top", [1, 7])
+def test_a_low_bit_channel_that_is_widened_keeps_low_bit_codes_and_its_bias(top: int) -> None:
+    weights = _low_bit(top, (3, 4, 3, 3))
+    tiny = np.where([False, True, False], np.float32(1e-14), weights.scale).astype(np.float32)
+    weights = IntegerWeights(weights.codes, tiny, weights.bias, top)
+    codes, kept = bias_codes(weights, 0.02)
+    assert kept.scale[1] > tiny[1]
+    assert kept.scale[0] == tiny[0]
+    assert np.abs(kept.codes).max() <= top
+    assert kept.top == top
+    step = np.float32(0.02) * kept.kernel_scale
+    np.testing.assert_allclose(codes * step, weights.bias, atol=0.501 * step.max())
+    assert abs(codes[1] * step[1] / weights.bias[1] - 1) < 1e-6
+
+
+def test_the_grid_of_a_bias_is_finer_by_the_stretch() -> None:
+    """Rounded to a grid of 9 (64) times as many steps, the error is so much smaller."""
+    for top, stretch in ((7, 9), (1, 64)):
+        weights = _low_bit(top, (400, 3))
+        plain = IntegerWeights(weights.codes, weights.scale, weights.bias, 127)
+        errors = []
+        for each in (plain, weights):
+            codes, kept = bias_codes(each, 0.02)
+            errors.append(np.abs(codes * (0.02 * kept.kernel_scale) - weights.bias).mean())
+        assert errors[0] / errors[1] == pytest.approx(stretch, rel=0.2)

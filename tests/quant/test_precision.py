@@ -1,6 +1,7 @@
 """Precisions, formats and grids: what each name means, and what is refused."""
 
 import itertools
+import re
 
 import pytest
 from hypothesis import given
@@ -132,15 +133,38 @@ def test_a_known_precision_has_the_kernel_that_runs_it() -> None:
 @pytest.mark.parametrize("runtime", [ONNXRUNTIME, TENSORRT], ids=lambda r: r.name)
 def test_a_precision_without_a_kernel_is_refused_with_the_runtimes_own(runtime: Runtime) -> None:
     with pytest.raises(InvalidInput) as caught:
-        runtime.kernel(Precision("w4a8"))
+        runtime.kernel(Precision("fp8"))
     message = str(caught.value)
-    assert "w4a8" in message
+    assert "fp8" in message
     assert f"Accepted: {', '.join(runtime.kernels)}." in message
 
 
-def test_every_kernel_is_listed_under_a_precision_that_parses() -> None:
-    for runtime in (ONNXRUNTIME, TENSORRT):
-        assert [Precision(name).name for name in runtime.kernels] == list(runtime.kernels)
+def test_onnxruntime_runs_every_integer_precision_whose_codes_fit_a_signed_byte() -> None:
+    """By brute force over all names; DoReFa's codes at eight bits reach +-255."""
+    for name in [*FLOATS, *INTEGERS, *(f"pact-{name}" for name in [*INTEGERS, "w1a2", "w1a8"])]:
+        precision = Precision(name)
+        fits = precision.is_integer and precision.weight_top <= 127
+        if fits or name == "fp32":
+            assert ONNXRUNTIME.kernel(precision) == ("int8" if fits else "fp32")
+            continue
+        with pytest.raises(InvalidInput, match=name) as caught:
+            ONNXRUNTIME.kernel(precision)
+        assert caught.value.accepted == "fp32, w<2-8>a<2-8>, pact-w<1-7>a<2-8>"
+        assert caught.value.next_step
+
+
+@pytest.mark.parametrize("runtime", [ONNXRUNTIME, TENSORRT], ids=lambda r: r.name)
+def test_every_name_of_a_kernel_is_a_precision_at_its_ends(runtime: Runtime) -> None:
+    for names, kernel in runtime.kernels.items():
+        for end in (0, 1):
+            name = re.sub(r"<(\d)-(\d)>", lambda found, end=end: found[1 + end], names)
+            assert runtime.kernel(Precision(name)) == kernel
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_dorefa_has_two_to_the_bits_levels_in_odd_codes(bits: int) -> None:
+    top = Precision(f"pact-w{bits}a8").weight_top
+    assert len(range(-top, top + 1, 2)) == 2**bits
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
