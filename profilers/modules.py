@@ -164,6 +164,7 @@ class Network(nn.Module):
     def __init__(self, ops: Sequence[OpSpec], runtime: Runtime = ONNXRUNTIME) -> None:
         super().__init__()
         self.ops = tuple(ops)
+        self.runtime = runtime
         self.chain = nn.Sequential(*(OpModule(op, runtime) for op in ops))
 
     @property
