@@ -40,6 +40,7 @@ class Config(BaseModel):
     device: str | None = None
     threads: Count | None = None
     batch: Count | None = None
+    portable: bool | None = None
     method: str | None = None
     recipe: Any = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None

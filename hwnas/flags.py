@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 REQUEST = (
-    "space", "data", "image_size", "device", "threads", "batch", "method", "recipe", "seed",
+    "space", "data", "image_size", "device", "threads", "batch", "portable", "method", "recipe",
+    "seed",
 )  # fmt: skip
 """The flags that make a run what it is."""
 
@@ -56,6 +57,15 @@ Threads = Annotated[
 ]
 Batch = Annotated[
     int | None, typer.Option(help="Images a call. (default: 1)", min=1, rich_help_panel=_WHAT)
+]
+Portable = Annotated[
+    bool | None,
+    typer.Option(
+        "--portable",
+        help="Files that are exact on any CPU: dense layers have weights of 7 bits. (default: "
+        "only where this CPU needs it)",
+        rich_help_panel=_WHAT,
+    ),
 ]
 Method = Annotated[
     str | None,

@@ -63,6 +63,8 @@ class Request:
 
     Without `recipe` it is `quick` for digits, else `standard`; a mapping names a recipe and the
     fields that differ. Without `image_size` it is the data's own, or what the space is meant for.
+    `portable` asks for files that are exact on CPUs that need weights of 7 bits; the host's own may
+    be one.
     """
 
     space: str = "mobile-tiny"
@@ -71,6 +73,7 @@ class Request:
     device: str = "cpu"
     threads: int = 1
     batch: int = 1
+    portable: bool = False
     method: str = "spos"
     recipe: str | Mapping[str, Any] | Recipe | None = None
     seed: int = 0
@@ -135,7 +138,12 @@ class Job:
     def profiler(self) -> Profiler:
         """The device in its condition."""
         request = self.request
-        return open_profiler(request.device, threads=request.threads, batch=request.batch)
+        return open_profiler(
+            request.device,
+            threads=request.threads,
+            batch=request.batch,
+            portable=request.portable,
+        )
 
     def under(self, name: str) -> "Job":
         """The same job under the condition that a latency's name stands for.
@@ -215,6 +223,7 @@ class Job:
             device=request.device,
             threads=request.threads,
             batch=request.batch,
+            portable=self.profiler.runtime.is_portable,
             method=request.method,
             recipe=self.recipe.model_dump(),
             seed=request.seed,

@@ -44,6 +44,7 @@ class RunConfig(BaseModel):
     device: str
     threads: int
     batch: int
+    portable: bool = False
     method: str
     recipe: dict[str, Any]
     seed: int

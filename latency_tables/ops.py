@@ -224,6 +224,12 @@ class OpSpec:
                 shapes[index] = layer.weight_shape(width)
         return shapes
 
+    def is_depthwise(self, index: int) -> bool:
+        """Whether layer `index` convolves every channel alone."""
+        layer = self.layers[index]
+        alone = layer.kind == "conv" and 1 < layer.groups == layer.channels
+        return alone and self.layer_inputs(index)[0].channels == layer.groups
+
     # ---- counts
 
     @cached_property

@@ -66,16 +66,19 @@ class Session(ABC):
 class Profiler(ABC):
     """A device in one condition: `threads` and `batch`.
 
-    `runtime` names the kernels and the activation grid; `seconds_per_row` is how long one row
-    takes beside its counted runs (emitting, checking, opening), for the estimate told beforehand.
+    `runtime` names the kernels, the activation grid and the codes of weights, those of `portable`
+    files where they are asked for; `seconds_per_row` is how long one row takes beside its counted
+    runs (emitting, checking, opening), for the estimate told beforehand.
     """
 
     runtime: Runtime
     seconds_per_row: float
 
-    def __init__(self, *, threads: int = 1, batch: int = 1) -> None:
+    def __init__(self, *, threads: int = 1, batch: int = 1, portable: bool = False) -> None:
         self.threads = threads
         self.batch = batch
+        if portable:
+            self.runtime = self.runtime.portable
 
     @abstractmethod
     def host(self) -> Host:

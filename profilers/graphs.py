@@ -1,10 +1,11 @@
 """The one emitter: a chain of ops, and its parameters, as an ONNX graph.
 
-What a profiler times for an op and what export ships for a network both come from `emit`. The
-flavour is ONNX Runtime's: activations are unsigned 8-bit (zero point 0 where nothing is negative,
-else 128), weights signed 8-bit per output channel, biases 32-bit on exactly the accumulator's grid.
-Written so, every layer of an integer op runs in an integer kernel; `expected_operators` says which
-operators the optimised graph must then hold, and a profiler checks.
+What a profiler times for an op and what export ships for a network both come from `emit`, in the
+flavour of a runtime. ONNX Runtime's is `_Writer`: activations are unsigned 8-bit (zero point 0
+where nothing is negative, else 128), weights signed 8-bit per output channel, biases 32-bit on
+exactly the accumulator's grid. Written so, every layer of an integer op runs in an integer kernel;
+`expected_operators` says which operators the optimised graph must then hold, and a profiler checks.
+TensorRT's is `_TensorRTWriter`, which says where the two differ.
 
 Fewer than eight bits run in the kernels of eight. Activations are kept below their highest code by
 a Clip of the codes. Weights are stored in two or four bits, which the runtime unpacks when it loads
@@ -24,10 +25,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from latency_tables.ops import Layer, OpSpec, Tensor
+from latency_tables.ops import ACTIVATIONS, Layer, OpSpec, Tensor
 from quant.errors import InvalidInput
 from quant.integer import Floats, FloatWeights, IntegerWeights, Weights, bias_codes, packed
-from quant.precision import ONNXRUNTIME, Grid, Runtime
+from quant.precision import ONNXRUNTIME, TENSORRT, Format, Grid, Runtime
 
 # Two habits of ONNX Runtime (seen in 1.31.1) would change what runs of a float op between integer
 # ones. Where its quantised input has several readers (a residual block), each gets a
@@ -97,9 +98,9 @@ def random_parameters(op: OpSpec, rng: np.random.Generator) -> OpParameters:
 def emit(
     ops: Sequence[OpSpec], parameters: Sequence[OpParameters], runtime: Runtime = ONNXRUNTIME
 ) -> onnx.ModelProto:
-    """The ONNX graph of a chain of ops: float input NCHW (codes where the first op takes codes).
+    """The ONNX graph of a chain of ops: input NCHW in the first op's format, fp32 for images.
 
-    The batch is symbolic. The ops themselves are stored in the model's metadata.
+    The batch is symbolic; logits are fp32. The ops themselves are stored in the model's metadata.
     Raises InvalidInput where the runtime has no kernel for a precision or an activation.
     """
     writer = _written(ops, parameters, runtime)
@@ -107,7 +108,7 @@ def emit(
         writer.nodes, "hwnas", writer.inputs, writer.outputs, writer.initializers
     )
     model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
+        graph, opset_imports=[helper.make_opsetid("", writer.opset)], ir_version=IR_VERSION
     )
     helper.set_model_props(model, {OPS_METADATA: json.dumps([op.to_json() for op in ops])})
     return model
@@ -144,15 +145,14 @@ def _written(
 ) -> "_Writer":
     """A writer that wrote a chain of ops."""
     check_kernels(ops, runtime)
-    writer = _Writer(runtime)
+    writer = _FLAVOURS.get(runtime.name, _Writer)(runtime)
     inputs = [
         writer.graph_input(INPUT if index == 0 else f"{INPUT}{index}", tensor, parameters[0], index)
         for index, tensor in enumerate(ops[0].inputs)
     ]
     for number, (op, numbers) in enumerate(zip(ops, parameters, strict=True)):
         inputs = [writer.op(f"op{number:03d}", op, numbers, inputs)]
-    flat = any(layer.kind == "linear" for layer in ops[-1].layers)
-    writer.graph_output(inputs[0], ops[-1].output, flat=flat)
+    writer.graph_output(inputs[0], ops[-1])
     return writer
 
 
@@ -226,6 +226,9 @@ class _Writer:
     What an op hands on is named after the op, in as many letters as `INPUT`.
     """
 
+    opset = OPSET
+    integer_activations: tuple[str, ...] = (*INTEGER_ACTIVATIONS, *FLOAT_ISLANDS)
+
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.readers: Counter[str] = Counter()
@@ -245,18 +248,20 @@ class _Writer:
     def graph_input(
         self, name: str, tensor: Tensor, parameters: OpParameters, index: int
     ) -> str | _Codes:
-        kind = TensorProto.UINT8 if tensor.format.is_quantised else TensorProto.FLOAT
         shape: list[int | str | None] = ["batch", tensor.channels, tensor.height, tensor.width]
+        kind = self.tensor_type(tensor.format)
         self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
         if not tensor.format.is_quantised:
             return name
         grid = self.runtime.grid(tensor.format.bits, signed=tensor.format.signed)
         return self.codes(name, parameters.limits[index], grid)
 
-    def graph_output(self, value: str | _Codes, tensor: Tensor, *, flat: bool) -> None:
+    def graph_output(self, value: str | _Codes, op: OpSpec) -> None:
+        tensor = op.output
+        flat = any(layer.kind == "linear" for layer in op.layers)
         shape: list[int | str | None] = ["batch", tensor.channels]
         shape += [] if flat else [tensor.height, tensor.width]
-        kind = TensorProto.FLOAT if isinstance(value, str) else TensorProto.UINT8
+        kind = self.tensor_type(Format() if op.logits else tensor.format)
         name = value if isinstance(value, str) else value.name
         for node in self.nodes:
             node.output[:] = [OUTPUT if old == name else old for old in node.output]
@@ -266,20 +271,10 @@ class _Writer:
     def op(
         self, name: str, op: OpSpec, parameters: OpParameters, inputs: list[str | _Codes]
     ) -> str | _Codes:
-        values: list[str | _Codes] = []
-        for index, value in enumerate(inputs):
-            label = f"{name}.in{index}"
-            if index in op.quantisers:
-                codes = f"{label}.codes"
-                value = self.quantise(codes, self.as_float(value), op, parameters, index)
-                if op.adds(index):
-                    value = self.unchanged(label, value, op.inputs[index].channels)
-            elif not op.precision.is_integer and isinstance(value, _Codes):
-                value = self.as_float(value)
-                if _needs_shield(op, index):
-                    one = {"kernel_shape": [1, 1]} if op.adds(index) else {}
-                    value = self.node("AveragePool" if one else "Max", label, [value], **one)
-            values.append(value)
+        values = [
+            self.op_input(f"{name}.in{index}", value, op, parameters, index)
+            for index, value in enumerate(inputs)
+        ]
         for index, layer in enumerate(op.layers):
             position = len(op.inputs) + index
             label = f"{name}.{index}.{layer.role or layer.function or layer.kind}"
@@ -295,6 +290,22 @@ class _Writer:
             else:
                 values.append(output)
         return values[-1]
+
+    def op_input(
+        self, label: str, value: str | _Codes, op: OpSpec, parameters: OpParameters, index: int
+    ) -> str | _Codes:
+        """An input of an op, in the op's own precision."""
+        if index in op.quantisers:
+            codes = self.quantise(f"{label}.codes", self.as_float(value), op, parameters, index)
+            return (
+                self.unchanged(label, codes, op.inputs[index].channels) if op.adds(index) else codes
+            )
+        if not op.precision.is_integer and isinstance(value, _Codes):
+            value = self.as_float(value)
+            if _needs_shield(op, index):
+                one = {"kernel_shape": [1, 1]} if op.adds(index) else {}
+                return self.node("AveragePool" if one else "Max", label, [value], **one)
+        return value
 
     def layer(
         self,
@@ -333,11 +344,10 @@ class _Writer:
                 raise InvalidInput(f"The emitter has no ONNX form of the layer {layer}.")
 
     def activation(self, label: str, function: str, source: str | _Codes, op: OpSpec) -> str:
-        known = (*INTEGER_ACTIVATIONS, *FLOAT_ISLANDS)
-        if op.precision.is_integer and function not in known:
+        if op.precision.is_integer and function not in self.integer_activations:
             raise InvalidInput(
                 f"{self.runtime.name} has no integer form of {function}.",
-                accepted=", ".join(known),
+                accepted=", ".join(self.integer_activations),
                 next_step="use relu: its quantiser saturates as relu6 does",
             )
         value = self.as_float(source)
@@ -465,8 +475,16 @@ class _Writer:
     def codes(self, name: str, limit: float, grid: Grid) -> _Codes:
         step = float(np.float32(limit) / np.float32(grid.top))
         scale = self.constant(f"{name}.scale", np.float32(step))
-        zero = self.constant(f"{name}.zero", np.uint8(-grid.low))
+        zero = self.constant(f"{name}.zero", self.zero_point(grid))
         return _Codes(name, scale, zero, step)
+
+    def tensor_type(self, format_: Format) -> int:
+        """The ONNX type of a tensor between two ops."""
+        return int(TensorProto.UINT8 if format_.is_quantised else TensorProto.FLOAT)
+
+    def zero_point(self, grid: Grid) -> np.generic:
+        """The stored code that stands for zero."""
+        return np.uint8(-grid.low)
 
     def as_float(self, value: str | _Codes) -> str:
         if isinstance(value, str):
@@ -482,3 +500,96 @@ class _Writer:
     def node(self, kind: str, label: str, inputs: list[str], **attributes: Any) -> str:
         self.nodes.append(helper.make_node(kind, inputs, [label], f"{label}.{kind}", **attributes))
         return label
+
+
+class _TensorRTWriter(_Writer):
+    """TensorRT's flavour: a tensor's ONNX type is its precision, and nothing else tells it.
+
+    Codes are signed with zero point 0, and those of less than 8 bits are clipped before they are
+    rounded. Biases stay float: the runtime takes no 32-bit one. An fp16 or bf16 op has weights of
+    its type, and a Cast where a value of another type comes in; quantisers work in fp32. tf32 is an
+    fp32 graph, which the builder of the engine is told to run so. The runtime keeps every operator
+    in the precision that is written, so nothing keeps its rewriting away.
+    """
+
+    opset = 22  # the first whose Conv takes bf16
+    integer_activations = ACTIVATIONS
+
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__(runtime)
+        self.float_type = int(TensorProto.FLOAT)
+
+    def op(
+        self, name: str, op: OpSpec, parameters: OpParameters, inputs: list[str | _Codes]
+    ) -> str | _Codes:
+        self.float_type = _FLOAT_TYPES.get(op.precision.name, int(TensorProto.FLOAT))
+        output = super().op(name, op, parameters, inputs)
+        if op.logits and self.float_type != TensorProto.FLOAT:
+            self.nodes[-1].output[:] = [f"{name}.{op.precision}"]
+            self.node("Cast", name, [f"{name}.{op.precision}"], to=int(TensorProto.FLOAT))
+        return output
+
+    def op_input(
+        self, label: str, value: str | _Codes, op: OpSpec, parameters: OpParameters, index: int
+    ) -> str | _Codes:
+        if index not in op.quantisers and op.precision.is_integer:
+            return value
+        held = op.inputs[index].format
+        given = TensorProto.FLOAT if held.is_quantised else self.tensor_type(held)
+        value = self.as_float(value)
+        if given != self.float_type:
+            value = self.node("Cast", label, [value], to=self.float_type)
+        if index in op.quantisers:
+            return self.quantise(f"{label}.codes", value, op, parameters, index)
+        return value
+
+    def activation(self, label: str, function: str, source: str | _Codes, op: OpSpec) -> str:
+        if function == "hard_swish" and self.float_type == TensorProto.BFLOAT16:
+            value = self.as_float(source)  # the parser (seen in 1.7) takes no HardSwish in bf16
+            gate = super().activation(f"{label}.gate", "hard_sigmoid", value, op)
+            return self.node("Mul", label, [value, gate])
+        return super().activation(label, function, source, op)
+
+    def weights(self, label: str, weights: Weights, source: str | _Codes) -> tuple[str, str]:
+        if isinstance(weights, FloatWeights):
+            return super().weights(label, weights, source)
+        zero = np.zeros(len(weights.scale), np.int8)
+        return (
+            self.dequantise(f"{label}.weight", weights.codes, weights.scale, zero),
+            self.constant(f"{label}.bias", weights.bias),
+        )
+
+    def quantise(
+        self, name: str, value: str, op: OpSpec, parameters: OpParameters, index: int
+    ) -> _Codes:
+        quantiser = op.quantisers[index]
+        grid = self.runtime.grid(quantiser.bits, signed=quantiser.signed)
+        codes = self.codes(name, parameters.limits[index], grid)
+        if quantiser.bits < 8:
+            ends = [
+                self.constant(f"{name}.{end}", np.float32(code * codes.step))
+                for end, code in (("low", grid.low), ("high", grid.high))
+            ]
+            value = self.node("Clip", f"{name}.clipped", [value, *ends])
+        self.node("QuantizeLinear", name, [value, codes.scale, codes.zero_point])
+        return codes
+
+    def tensor_type(self, format_: Format) -> int:
+        if format_.is_quantised:
+            return int(TensorProto.INT8)
+        return _FLOAT_TYPES.get(format_.type, int(TensorProto.FLOAT))
+
+    def zero_point(self, grid: Grid) -> np.generic:
+        return np.int8(0)
+
+    def constant(self, name: str, value: np.ndarray | np.generic) -> str:
+        if value.dtype == np.float32:
+            value = value.astype(helper.tensor_dtype_to_np_dtype(self.float_type))
+        return super().constant(name, value)
+
+
+_FLOAT_TYPES = {"fp16": int(TensorProto.FLOAT16), "bf16": int(TensorProto.BFLOAT16)}
+"""The ONNX type of each float precision that is not fp32's own."""
+
+_FLAVOURS: dict[str, type[_Writer]] = {TENSORRT.name: _TensorRTWriter}
+"""Who writes for a runtime, where that is not `_Writer`."""

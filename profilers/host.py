@@ -25,6 +25,14 @@ def cpu_flags() -> str:
     return " ".join(sorted(flag for flag in match[1].split() if _ISA.search(flag))) if match else ""
 
 
+def saturates(flags: str, machine: str) -> bool:
+    """Whether a CPU's 8-bit kernels may add two products in 16 bits, which can be too few: x86
+    without VNNI, or of which no flags are known.
+    """
+    x86 = machine.lower() in ("x86_64", "amd64", "i686", "i386")
+    return x86 and not {"avx512_vnni", "avx_vnni"} & set(flags.split())
+
+
 def governor() -> str:
     """The frequency governor, or "" where the system shows none."""
     return _GOVERNOR.read_text().strip() if _GOVERNOR.exists() else ""

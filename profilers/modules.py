@@ -14,7 +14,7 @@ from torch.nn import functional
 from latency_tables.ops import NORM_EPSILON, Layer, OpSpec
 from profilers.graphs import OpParameters, kernel_biases
 from quant import integer, layers
-from quant.precision import ONNXRUNTIME, Runtime
+from quant.precision import ONNXRUNTIME, Precision, Runtime
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -69,6 +69,7 @@ class OpModule(nn.Module):
     def __init__(self, op: OpSpec, runtime: Runtime = ONNXRUNTIME) -> None:
         super().__init__()
         self.op = op
+        self.runtime = runtime
         self.weighted = nn.ModuleDict()
         self.norms = nn.ModuleDict()
         self.quantisers = nn.ModuleDict()
@@ -82,13 +83,13 @@ class OpModule(nn.Module):
                     stride=layer.stride,
                     groups=layer.groups,
                     bias=not layer.norm,
-                    precision=op.precision,
+                    precision=self.layer_precision(index),
                 )
                 if layer.norm:
                     self.norms[str(index)] = nn.BatchNorm2d(layer.channels, eps=NORM_EPSILON)
             elif layer.kind == "linear":
                 self.weighted[str(index)] = layers.linear(
-                    source.elements, layer.channels, precision=op.precision
+                    source.elements, layer.channels, precision=self.layer_precision(index)
                 )
         for index, quantiser in op.quantisers.items():
             grid = runtime.grid(quantiser.bits, signed=quantiser.signed)
@@ -106,12 +107,17 @@ class OpModule(nn.Module):
             bias = None if module.bias is None else _numpy(module.bias)
             norm = _folded_norm(self._norm(index)) if self.op.layers[index].norm else None
             if self.op.precision.is_integer:
-                bits = self.op.precision.weight_bits
+                bits = self.layer_precision(index).weight_bits
                 weights[index] = integer.fold_integer(weight, bits, bias, norm)
             else:
                 weights[index] = integer.fold_float(weight, bias, norm)
         limits = {index: q.limit for index, q in self.activation_quantisers.items()}
         return OpParameters(weights, limits)
+
+    def layer_precision(self, index: int) -> Precision:
+        """What the weight of layer `index` is rounded to."""
+        depthwise = self.op.is_depthwise(index)
+        return self.runtime.layer_precision(self.op.precision, depthwise=depthwise)
 
     @property
     def weighted_layers(self) -> dict[int, nn.Conv2d | nn.Linear]:

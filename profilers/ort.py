@@ -1,5 +1,6 @@
 """CPUs under ONNX Runtime."""
 
+import platform
 from collections import Counter
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import onnx
 from latency_tables.host import Host
 from profilers.base import Array, Profiler, Session, WrongKernels
 from profilers.graphs import expected_operators, read_ops
+from profilers.host import cpu_flags, saturates
 from profilers.measure import Protocol, Samples
 from profilers.ort_session import (
     executed_operators,
@@ -41,10 +43,16 @@ class OrtSession(Session):
 
 
 class OrtProfiler(Profiler):
-    """Times graphs with ONNX Runtime on this machine's CPU."""
+    """Times graphs with ONNX Runtime on this machine's CPU; its files are portable where this CPU
+    needs them so.
+    """
 
     runtime = ONNXRUNTIME
     seconds_per_row = 0.02
+
+    def __init__(self, *, threads: int = 1, batch: int = 1, portable: bool = False) -> None:
+        here = saturates(cpu_flags(), platform.machine())
+        super().__init__(threads=threads, batch=batch, portable=portable or here)
 
     def host(self) -> Host:
         return Host(**provenance(self.threads, self.batch))

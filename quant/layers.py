@@ -64,18 +64,21 @@ def linear(features_in: int, features: int, *, precision: Precision) -> nn.Linea
 class ActivationQuantiser(nn.Module):
     """Rounds activations to a grid whose range is learned.
 
-    The unsigned grid of ONNX Runtime has 2^bits - 1 steps and the signed one 2^bits, as Brevitas
-    has them; other grids are not supported here.
+    Brevitas has grids of 2^n codes, from zero or in two's complement. That of a runtime whose codes
+    are signed, and which stores what is never negative in their upper half, is its unsigned grid of
+    a bit less.
     """
 
     def __init__(self, bits: int, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
-        if grid.low == 0 and grid.high == 2**bits - 1:
+        if grid.low == 0 and grid.top == grid.high in (2**bits - 1, 2 ** (bits - 1) - 1):
             self.quantiser = QuantIdentity(
-                act_quant=Uint8ActPerTensorFloatMaxInit, max_val=1.0, bit_width=bits
+                act_quant=Uint8ActPerTensorFloatMaxInit,
+                max_val=1.0,
+                bit_width=grid.high.bit_length(),
             )
-        elif grid.low == -(2 ** (bits - 1)):
+        elif grid == Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 2 ** (bits - 1)):
             self.quantiser = QuantIdentity(
                 act_quant=Int8ActPerTensorFloatMinMaxInit, min_val=-1.0, max_val=1.0, bit_width=bits
             )

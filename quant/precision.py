@@ -4,7 +4,7 @@ No torch here: searching needs these facts too.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from quant.errors import InvalidInput
@@ -147,11 +147,13 @@ class Runtime:
     written as `w<2-8>a8`; a precision that is not in it cannot be profiled or exported there.
     `unsigned_activations` tells whether an activation that is never negative gets all codes
     (ONNX Runtime, 255 steps) or the upper half of a signed type (TensorRT, 127 steps).
+    `dense_weight_bits` is how many bits of a weight multiply exactly where many products are added.
     """
 
     name: str
     kernels: dict[str, str]
     unsigned_activations: bool
+    dense_weight_bits: int = 8
 
     def kernel(self, precision: Precision) -> str:
         """The kernel that executes `precision`; raises InvalidInput where there is none.
@@ -167,6 +169,36 @@ class Runtime:
             accepted=", ".join(self.kernels),
             next_step="search other precisions for this device",
         )
+
+    @cached_property
+    def portable(self) -> "Runtime":
+        """The same, with files that any CPU computes exactly.
+
+        x86 CPUs without VNNI add two products of an unsigned and a signed byte in 16 bits, which
+        saturate where a weight's code is beyond 64.
+        """
+        return replace(self, dense_weight_bits=7)
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether any CPU computes its files exactly."""
+        return self == self.portable
+
+    def layer_precision(self, precision: Precision, *, depthwise: bool) -> Precision:
+        """What a layer of an op of `precision` is rounded to: a depthwise convolution adds no two
+        products at once, any other layer has codes of at most `dense_weight_bits`. DoReFa's codes
+        are odd numbers, which take a bit more.
+
+        >>> ONNXRUNTIME.portable.layer_precision(Precision("w8a8"), depthwise=False)
+        Precision(name='w7a8')
+        >>> ONNXRUNTIME.portable.layer_precision(Precision("w8a8"), depthwise=True)
+        Precision(name='w8a8')
+        """
+        most = self.dense_weight_bits - (precision.is_pact and self.dense_weight_bits < 8)
+        if depthwise or not precision.is_integer or precision.weight_bits <= most:
+            return precision
+        scheme = "pact-" if precision.is_pact else ""
+        return Precision(f"{scheme}w{most}a{precision.activation_bits}")
 
     def grid(self, bits: int, *, signed: bool) -> Grid:
         """The activation grid of `bits` bits.

@@ -156,7 +156,10 @@ class Supernet(nn.Module):
     ) -> Tensor:
         def weighted(index: int, layer: Layer, source: Tensor) -> Tensor:
             shared = self._layer(placed, layer)
-            result: Tensor = shared(source, layer, placed.op.precision)
+            precision = self.runtime.layer_precision(
+                placed.op.precision, depthwise=placed.op.is_depthwise(index)
+            )
+            result: Tensor = shared(source, layer, precision)
             if not layer.norm:
                 return result
             known = statistics[number, index] if statistics is not None else None

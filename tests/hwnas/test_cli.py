@@ -969,6 +969,19 @@ def test_a_run_that_was_only_trained_has_no_result_yet(
     assert answer.content["run"] == "run"
 
 
+def test_portable_files_are_asked_for_once_and_the_run_remembers(
+    tmp_path: Path, hwnas_in: Commands
+) -> None:
+    for flags in (("--portable",), (), ("--portable",)):
+        answer = hwnas_in(tmp_path, "train", *SMALL, *flags, "--run", "run", "--json")
+        assert answer.code == 0, answer.told
+        assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["portable"] is True
+    assert hwnas_in(tmp_path, "train", *SMALL, "--run", "plain", "--json").code == 0
+    answer = hwnas_in(tmp_path, "train", *SMALL, "--portable", "--run", "plain", "--json")
+    assert answer.code == 2
+    assert "--portable True contradicts plain" in answer.content["error"]["what"]
+
+
 # ---- signals
 
 

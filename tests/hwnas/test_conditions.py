@@ -86,11 +86,11 @@ class Foreign(Twin):
     runtime = Runtime("foreign", {}, unsigned_activations=False)
 
 
-def opened(device: str, *, threads: int = 1, batch: int = 1) -> Profiler:
+def opened(device: str, *, threads: int = 1, batch: int = 1, portable: bool = False) -> Profiler:
     kinds = {"simulated": Tailed, "twin": Twin, "foreign": Foreign}
     if device in kinds:
-        return kinds[device](threads=threads, batch=batch)
-    return devices.open_profiler(device, threads=threads, batch=batch)
+        return kinds[device](threads=threads, batch=batch, portable=portable)
+    return devices.open_profiler(device, threads=threads, batch=batch, portable=portable)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -316,6 +316,28 @@ def test_the_identity_of_a_run_is_all_that_was_asked(tmp_path: Path) -> None:
     json.dumps(config.model_dump())
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_portable_files_are_part_of_a_runs_identity_and_not_of_its_table(
+    asked: bool, tmp_path: Path
+) -> None:
+    job = job_in(tmp_path, portable=asked)
+    assert job.profiler.runtime.is_portable == job.config().portable == asked
+    made = open_run(job.config(), tmp_path / "run")
+    assert Job(request_of(made, tmp_path)).profiler.runtime == job.profiler.runtime
+    assert job.table_path == job_in(tmp_path, portable=not asked).table_path
+    with pytest.raises(InvalidInput, match="portable"):
+        open_run(job_in(tmp_path, portable=not asked).config(), made.path)
+
+
+def test_where_the_cpu_needs_portable_files_a_run_is_of_them_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("profilers.ort.saturates", lambda *_: True)
+    job = job_in(tmp_path, device="cpu")
+    assert job.config().portable
+    assert Job(request_of(open_run(job.config(), tmp_path / "run"), tmp_path)).config().portable
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     fields = {"recipe": {"name": "smoke", "supernet": {"steps": 11}}, "seed": 5}
@@ -334,7 +356,8 @@ def test_the_request_of_a_run_makes_the_same_run(run: Run, tmp_path: Path) -> No
 def test_fields_that_agree_with_the_run_are_taken(run: Run) -> None:
     known = request_fields(run, {})
     assert set(known) == {
-        "space", "data", "image_size", "device", "threads", "batch", "method", "recipe", "seed",
+        "space", "data", "image_size", "device", "threads", "batch", "portable", "method", "recipe",
+        "seed",
     }  # fmt: skip
     assert request_fields(run, known) == known
     for name, value in known.items():
@@ -352,6 +375,7 @@ def test_fields_that_agree_with_the_run_are_taken(run: Run) -> None:
         ("device", "cpu", "--device", "simulated"),
         ("threads", 2, "--threads", 1),
         ("batch", 8, "--batch", 1),
+        ("portable", True, "--portable", False),
         ("method", "fairnas", "--method", "spos"),
         ("seed", 6, "--seed", 5),
         ("recipe", "quick", "--recipe", "smoke"),

@@ -39,6 +39,7 @@ CHANGES = {
     "device": "gpu",
     "threads": 2,
     "batch": 8,
+    "portable": True,
     "method": "fairnas",
     "recipe": recipe({"name": "quick", "supernet": {"steps": 20000}}).model_dump(),
     "seed": 1,
@@ -56,6 +57,12 @@ def changed(field: str) -> RunConfig:
 
 
 # ---- identity
+
+
+def test_a_run_of_before_portable_files_is_of_plain_ones(tmp_path: Path) -> None:
+    fields = CONFIG.model_dump(exclude={"portable"})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(fields))
+    assert read_run(tmp_path).config == CONFIG
 
 
 def test_every_field_belongs_to_the_identity_and_is_named_with_both_values() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from latency_tables.ops import OpSpec
 from profilers.modules import Network
 from quant.layers import ActivationQuantiser
-from quant.precision import ONNXRUNTIME
+from quant.precision import ONNXRUNTIME, Runtime
 
 Trained = Callable[..., Network]
 
@@ -29,9 +29,11 @@ def trained() -> Trained:
     """Networks whose norms are random (a quarter of the factors negative) and whose quantisers
     cover 98 % of what they see on `images`."""
 
-    def make(ops: Sequence[OpSpec], images: np.ndarray, seed: int = 0) -> Network:
+    def make(
+        ops: Sequence[OpSpec], images: np.ndarray, seed: int = 0, runtime: Runtime = ONNXRUNTIME
+    ) -> Network:
         torch.manual_seed(seed)
-        network = Network(ops, ONNXRUNTIME)
+        network = Network(ops, runtime)
         rng = torch.Generator().manual_seed(seed)
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):

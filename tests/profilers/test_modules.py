@@ -21,7 +21,7 @@ from profilers.modules import ACTIVATIONS, Network, OpModule, run_op
 from quant.fakequant import fake_quantise_activation, fake_quantise_weight
 from quant.integer import FloatWeights, IntegerWeights, bias_codes, fold_float
 from quant.layers import ActivationQuantiser, QuantConv2d, QuantLinear
-from quant.precision import ONNXRUNTIME, TENSORRT, Format, Precision, weight_top
+from quant.precision import ONNXRUNTIME, TENSORRT, Format, Precision, Runtime, weight_top
 
 FP32, W8A8, W4A8, W4A4 = map(Precision, ("fp32", "w8a8", "w4a8", "w4a4"))
 INPUT = Tensor(8, 6, 6)
@@ -118,12 +118,6 @@ def test_a_network_is_the_chain_of_its_modules() -> None:
     assert len(network.parameters_for_graph()) == 2
 
 
-def test_a_grid_that_brevitas_does_not_have_is_refused() -> None:
-    """TensorRT's unsigned grid has 127 steps."""
-    with pytest.raises(ValueError, match="127"):
-        OpModule(blocks(W8A8)[0], TENSORRT)
-
-
 # ---- how values are rounded
 
 
@@ -157,9 +151,12 @@ def test_an_ops_output_lies_on_its_grid(trained: Trained, name: str) -> None:
         assert 2**precision.activation_bits // 4 < distinct <= 2**precision.activation_bits
 
 
+@pytest.mark.parametrize("runtime", [ONNXRUNTIME, TENSORRT], ids=lambda r: r.name)
 @pytest.mark.parametrize(("bits", "signed"), itertools.product((4, 8), (True, False)))
-def test_the_supernets_activations_are_the_same_to_the_last_bit(bits: int, signed: bool) -> None:
-    grid = ONNXRUNTIME.grid(bits, signed=signed)
+def test_the_supernets_activations_are_the_same_to_the_last_bit(
+    bits: int, signed: bool, runtime: Runtime
+) -> None:
+    grid = runtime.grid(bits, signed=signed)
     quantiser = ActivationQuantiser(bits, grid).eval()
     quantiser.limit = 2.3
     values = torch.from_numpy(images(64))

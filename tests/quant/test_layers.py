@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional
 
 from quant import layers
-from quant.fakequant import fake_quantise_weight
-from quant.precision import ONNXRUNTIME, TENSORRT, Precision
+from quant.fakequant import fake_quantise_activation, fake_quantise_weight
+from quant.precision import ONNXRUNTIME, TENSORRT, Grid, Precision
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5])
@@ -54,6 +54,21 @@ def test_the_limit_of_a_quantiser_reads_back_and_moves_the_range(signed: bool) -
         assert largest == pytest.approx(step * quantiser.grid.high, rel=1e-6)
 
 
-def test_a_grid_that_brevitas_does_not_have_is_refused() -> None:
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("signed", [True, False])
+def test_tensorrts_grid_is_rounded_to_as_shared_weights_round_to_it(
+    bits: int, signed: bool
+) -> None:
+    grid = TENSORRT.grid(bits, signed=signed)
+    quantiser = layers.ActivationQuantiser(bits, grid).eval()
+    quantiser.limit = 1.7
+    values = torch.linspace(-4, 4, 9001)
+    found = quantiser(values)
+    assert torch.equal(found, fake_quantise_activation(values, torch.tensor(1.7), grid))
+    assert len(found.unique()) == grid.high - grid.low + 1
+
+
+@pytest.mark.parametrize("grid", [Grid(0, 100, 100), Grid(-127, 127, 127), Grid(0, 31, 31)])
+def test_a_grid_that_brevitas_does_not_have_is_refused(grid: Grid) -> None:
     with pytest.raises(ValueError, match="at 8 bits"):
-        layers.ActivationQuantiser(8, TENSORRT.grid(8, signed=False))
+        layers.ActivationQuantiser(8, grid)

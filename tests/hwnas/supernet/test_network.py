@@ -60,9 +60,9 @@ def images(count: int, seed: int = 0) -> Tensor:
     return torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def supernet_of(space: SearchSpace, *, seed: int = 0) -> Supernet:
+def supernet_of(space: SearchSpace, *, seed: int = 0, runtime: Runtime = ONNXRUNTIME) -> Supernet:
     torch.manual_seed(seed)
-    supernet = Supernet(space)
+    supernet = Supernet(space, runtime)
     supernet.initialise_ranges(images(16))
     return supernet
 
@@ -128,6 +128,26 @@ def test_an_extracted_network_equals_the_supernet_to_the_last_bit(trained: Super
     # the sample holds what the claim is about
     assert min(mixed, squeezed, residual, skipped) >= 5
     assert widths == {6, 8, 12}
+
+
+@pytest.mark.parametrize("runtime", [ONNXRUNTIME.portable, TENSORRT], ids=["portable", "tensorrt"])
+def test_an_extracted_network_equals_the_supernet_on_other_grids_too(
+    trained: Supernet, runtime: Runtime
+) -> None:
+    """To the last bit; and it is another network than on the usual grid."""
+    supernet = supernet_of(trained.space, runtime=runtime)
+    supernet.load_state_dict(trained.state_dict())
+    differing = 0
+    for number, architecture in enumerate(choices(trained.space, 6, seed=4)):
+        statistics = supernet.recalibrate(architecture, [images(16, 1)])
+        network = supernet.extract(architecture, statistics)
+        batch = images(8, 100 + number)
+        with torch.no_grad():
+            shared, alone = supernet(batch, architecture, statistics), network(batch)
+            usual = trained(batch, architecture, statistics)
+        assert torch.equal(shared, alone), trained.space.describe(architecture)
+        differing += not torch.equal(shared, usual)
+    assert differing >= 3
 
 
 def test_a_range_learned_below_zero_is_extracted_the_same() -> None:
