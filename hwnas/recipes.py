@@ -39,6 +39,7 @@ class TrainingRecipe(Part):
     """AdamW with a linear decay of the learning rate to zero, and label smoothing.
 
     Images are shifted by up to a sixteenth of their side; `flip` mirrors half of them.
+    `clipping_decay` is PACT's L2 on its clipping values, in AdamW's form.
 
     >>> TrainingRecipe(steps=4, batch=8, learning_rate=0.5).rate(2)
     0.25
@@ -48,6 +49,7 @@ class TrainingRecipe(Part):
     batch: Count
     learning_rate: Positive
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
+    clipping_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
     label_smoothing: Share = 0.1
     clip_norm: Positive = 5.0
     flip: bool = False

@@ -17,6 +17,7 @@ from hwnas.weights import damaged, load_state, save_state
 from profilers.build import Progress
 from profilers.measure import now_s
 from quant.errors import InvalidInput
+from quant.fakequant import LearnedRange
 
 CHECKPOINT_STEPS = 100
 CHECKPOINT_S = 20.0
@@ -59,14 +60,18 @@ class Teacher:
 
 
 def optimiser_of(module: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
-    """AdamW over a module's parameters; weight decay is on weights alone, not on norms, biases and
-    ranges.
+    """AdamW over a module's parameters; weight decay is on weights, not on norms, biases and LSQ's
+    ranges. PACT's ranges have a decay of their own, the paper's L2 on alpha.
     """
-    parameters = list(module.parameters())
+    pact = {m.limit for m in module.modules() if isinstance(m, LearnedRange) and m.pact}
+    parameters = [p for p in module.parameters() if p not in pact]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    if pact:
+        clipping = [p for p in module.parameters() if p in pact]
+        groups.append({"params": clipping, "weight_decay": recipe.clipping_decay})
     return torch.optim.AdamW(groups, lr=recipe.learning_rate)
 
 

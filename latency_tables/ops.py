@@ -176,6 +176,21 @@ class OpSpec:
         return _quantisers(self, self.values)
 
     @cached_property
+    def casts(self) -> frozenset[int]:
+        """The values that a float op of less than 32 bits rounds to its type, by value index: each
+        input of another type, and of the layers' outputs those that an integer op would quantise.
+        """
+        if not self.precision.is_cast:
+            return frozenset()
+        first, integer = len(self.inputs), replace(self, precision=Precision("w8a8"))
+        entering = (
+            index
+            for index, tensor in enumerate(self.inputs)
+            if tensor.format.type != self.precision.name
+        )
+        return frozenset(entering) | {index for index in integer.quantisers if index >= first}
+
+    @cached_property
     def output(self) -> Tensor:
         """What the op hands on."""
         return self.values[-1]

@@ -14,6 +14,7 @@ from torch.nn import functional
 from latency_tables.ops import NORM_EPSILON, Layer, OpSpec
 from profilers.graphs import OpParameters, kernel_biases
 from quant import integer, layers
+from quant.fakequant import cast, round_weight
 from quant.precision import ONNXRUNTIME, Precision, Runtime
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -34,13 +35,19 @@ def run_op(
     """The output of an op.
 
     `weighted(index, layer, x)` runs a convolution or linear layer with its norm;
-    `quantise(value index, x)` rounds a value that the op quantises. Tensors are kept channels-last,
-    in which depthwise layers train about twice as fast.
+    `quantise(value index, x)` rounds a value that the op quantises. What a float op holds in less
+    than 32 bits is cast here: that takes no parameters. Tensors are kept channels-last, in which
+    depthwise layers train about twice as fast.
     """
+
+    def rounded(index: int, value: Tensor) -> Tensor:
+        if index in op.quantisers:
+            return quantise(index, value)
+        return cast(value, op.precision) if index in op.casts else value
+
     values: list[Tensor] = []
     for index, value in enumerate(inputs):
-        value = value.contiguous(memory_format=torch.channels_last)
-        values.append(quantise(index, value) if index in op.quantisers else value)
+        values.append(rounded(index, value.contiguous(memory_format=torch.channels_last)))
     for index, layer in enumerate(op.layers):
         sources = [values[i] for i in layer.inputs]
         match layer.kind:
@@ -58,13 +65,21 @@ def run_op(
                 value = sources[0] * sources[1]
             case _:
                 raise ValueError(f"{layer} has no PyTorch form")
-        position = len(op.inputs) + index
-        values.append(quantise(position, value) if position in op.quantisers else value)
+        values.append(rounded(len(op.inputs) + index, value))
     return values[-1]
 
 
+def weighted_layer(layer: Layer, value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution or linear layer with the given weight and bias, its norm left out."""
+    if layer.kind == "linear":
+        return functional.linear(value, weight, bias)
+    return functional.conv2d(
+        value, weight, bias, layer.stride, layer.kernel // 2, groups=layer.groups
+    )
+
+
 class OpModule(nn.Module):
-    """One op with weights of its own: float layers, or Brevitas layers where the op is integer."""
+    """One op with weights of its own, held as its precision has them (`quant.layers`)."""
 
     def __init__(self, op: OpSpec, runtime: Runtime = ONNXRUNTIME) -> None:
         super().__init__()
@@ -93,7 +108,11 @@ class OpModule(nn.Module):
                 )
         for index, quantiser in op.quantisers.items():
             grid = runtime.grid(quantiser.bits, signed=quantiser.signed)
-            self.quantisers[str(index)] = layers.ActivationQuantiser(quantiser.bits, grid)
+            self.quantisers[str(index)] = (
+                layers.PactQuantiser(grid)
+                if op.precision.is_pact
+                else layers.ActivationQuantiser(quantiser.bits, grid)
+            )
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The op's output, (batch, channels, height, width) or logits (batch, classes)."""
@@ -103,12 +122,17 @@ class OpModule(nn.Module):
         """The folded weights and activation ranges that the emitter writes."""
         weights: dict[int, integer.Weights] = {}
         for index, module in self.weighted_layers.items():
+            layer, precision = self.op.layers[index], self.layer_precision(index)
             weight = _numpy(module.weight)
             bias = None if module.bias is None else _numpy(module.bias)
-            norm = _folded_norm(self._norm(index)) if self.op.layers[index].norm else None
-            if self.op.precision.is_integer:
-                bits = self.layer_precision(index).weight_bits
-                weights[index] = integer.fold_integer(weight, bits, bias, norm)
+            norm = _folded_norm(self._norm(index)) if layer.norm else None
+            if precision.is_pact:
+                weight = _numpy(round_weight(module.weight, precision))
+                weights[index] = integer.fold_dorefa(
+                    weight, precision.weight_bits, bias, norm, name=layer.role or str(layer)
+                )
+            elif precision.is_integer:
+                weights[index] = integer.fold_integer(weight, precision.weight_bits, bias, norm)
             else:
                 weights[index] = integer.fold_float(weight, bias, norm)
         limits = {index: q.limit for index, q in self.activation_quantisers.items()}
@@ -118,6 +142,10 @@ class OpModule(nn.Module):
         """What the weight of layer `index` is rounded to."""
         depthwise = self.op.is_depthwise(index)
         return self.runtime.layer_precision(self.op.precision, depthwise=depthwise)
+
+    def folded(self) -> "FoldedOp":
+        """The op as its file computes it, norms folded; it shares the quantisers."""
+        return FoldedOp(self)
 
     @property
     def weighted_layers(self) -> dict[int, nn.Conv2d | nn.Linear]:
@@ -129,11 +157,11 @@ class OpModule(nn.Module):
         return found
 
     @property
-    def activation_quantisers(self) -> dict[int, layers.ActivationQuantiser]:
+    def activation_quantisers(self) -> dict[int, layers.ActivationQuantiser | layers.PactQuantiser]:
         """The quantisers, by value index."""
         found = {}
         for name, module in self.quantisers.items():
-            assert isinstance(module, layers.ActivationQuantiser)
+            assert isinstance(module, layers.ActivationQuantiser | layers.PactQuantiser)
             found[int(name)] = module
         return found
 
@@ -173,6 +201,40 @@ class OpModule(nn.Module):
         return result
 
 
+class FoldedOp(nn.Module):
+    """An op with the weights and biases that `parameters_for_graph` gives, and no norm.
+
+    What an integer kernel computes, but for the bias: that is not on the accumulator's grid.
+    """
+
+    def __init__(self, module: OpModule) -> None:
+        super().__init__()
+        self.op = module.op
+        self.quantisers = module.quantisers
+        self.parameters_in_graph = module.parameters_for_graph()
+        for index, weights in self.parameters_in_graph.weights.items():
+            if isinstance(weights, integer.IntegerWeights):
+                scale = weights.scale.reshape(-1, *[1] * (weights.codes.ndim - 1))
+                weight = torch.from_numpy(weights.codes * scale)
+            else:
+                weight = torch.from_numpy(weights.weight)
+                weight = cast(weight, self.op.precision) if self.op.precision.is_cast else weight
+            self.register_buffer(f"weight{index}", weight)
+            self.register_buffer(f"bias{index}", torch.from_numpy(weights.bias))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The op's output, as `OpModule` has it in inference."""
+        return run_op(self.op, inputs, self._weighted, self._quantise)
+
+    def _weighted(self, index: int, layer: Layer, value: Tensor) -> Tensor:
+        weight, bias = self.get_buffer(f"weight{index}"), self.get_buffer(f"bias{index}")
+        return weighted_layer(layer, value, weight, bias)
+
+    def _quantise(self, index: int, value: Tensor) -> Tensor:
+        result: Tensor = self.quantisers[str(index)](value)
+        return result
+
+
 class Network(nn.Module):
     """A chain of ops with weights of its own."""
 
@@ -191,6 +253,10 @@ class Network(nn.Module):
         """The logits (batch, classes) of images (batch, channels, height, width)."""
         logits: Tensor = self.chain(images)
         return logits
+
+    def folded(self) -> nn.Sequential:
+        """The network as its file computes it, norms folded: the reference for integer kernels."""
+        return nn.Sequential(*(module.folded() for module in self.op_modules)).eval()
 
     def parameters_for_graph(self) -> list[OpParameters]:
         """What `profilers.graphs.emit` needs, op by op."""

@@ -1,17 +1,49 @@
-"""Fake quantisation for shared weights: values rounded to the codes that an engine will use.
+"""Fake quantisation: values as an engine will hold them, with gradients to train them by.
 
-The stand-alone layers of `quant.layers` (Brevitas) give the same numbers to the last bit.
+| precision | weights | activations |
+|---|---|---|
+| w8a8, w4a8, ... | absmax, per output channel | LSQ: a learned range |
+| pact-w4a4, ... | DoReFa, per tensor | PACT: a learned clipping range |
+| fp16, bf16, fp8 | cast through the type | cast through the type |
+| fp32, tf32 | as they are | as they are |
+
+The stand-alone layers of `quant.layers` give the same numbers to the last bit. All arithmetic is in
+fp32; sums are taken over values in the order in which they lie in memory.
 """
 
+import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from quant.precision import Grid, weight_top
+from quant.kernels import Kernel
+from quant.precision import Grid, Precision, weight_top
 
 LEAST_SCALE = 1e-10
 """The smallest scale; a channel of zeros stays zeros."""
+
+TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+"""The types that values of a precision are cast through."""
+
+FP8_TOP = 448.0
+"""The largest finite value of e4m3."""
+
+_TINY = float(torch.finfo(torch.float32).tiny)
+_BELOW = 1 - 2**-22
+"""A quotient that the rounding of two divisions leaves below 1 counts as 1 from here on."""
+
+
+def round_weight(weight: Tensor, precision: Precision) -> Tensor:
+    """A weight (out, ...) as the precision holds it."""
+    if precision.is_pact:
+        return dorefa_weight(weight, precision.weight_bits)
+    if precision.is_integer:
+        return fake_quantise_weight(weight, precision.weight_bits)
+    return cast(weight, precision) if precision.is_cast else weight
+
+
+# ---- weights
 
 
 def fake_quantise_weight(weight: Tensor, bits: int) -> Tensor:
@@ -24,66 +56,214 @@ def fake_quantise_weight(weight: Tensor, bits: int) -> Tensor:
     >>> fake_quantise_weight(torch.tensor([[1.0, 0.4, -0.2]]), 2)
     tensor([[1., 0., -0.]])
     """
-    quantised: Tensor = _WeightQuantiser.apply(weight, weight_top(bits))  # type: ignore[no-untyped-call]
-    return quantised
+    with torch.no_grad():
+        top = weight_top(bits)
+        largest = weight.abs().flatten(1).amax(1)
+        scale = torch.clamp(largest, min=LEAST_SCALE).div_(top)
+        scale = scale.view(-1, *[1] * (weight.ndim - 1))
+        rounded = (weight / scale).round_().clamp_(-top, top).mul_(scale)
+    return _straight(weight, rounded)
 
 
-def fake_quantise_activation(value: Tensor, limit: Tensor, grid: Grid) -> Tensor:
-    """Round an activation to a grid with a learned range (LSQ: Esser et al. 2019, equations 1-3).
+def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
+    """Round a weight to 2^bits levels in [-1, 1] (DoReFa: Zhou et al. 2016, equations 7 to 9).
 
-    x_q = s * clamp(round(x / s), low, high), s = |limit| / top. The gradient of x passes where x
-    rounds to a code of the grid (as Brevitas has it; the paper stops half a step earlier); that of
-    `limit` is LSQ's, scaled by 1 / sqrt(values * high).
+    t = tanh(w), r = t / (2 max|t|) + 1/2, w_q = 2 round((2^bits - 1) r) / (2^bits - 1) - 1, with
+    the maximum over the tensor. One bit is the sign times mean|w|. The gradient passes straight
+    through the rounding, and truly through tanh and the maximum; with one bit, straight through.
+
+    The levels stand for no size, so a batch norm has to follow; equal to the paper's but for the
+    last bit, they are odd codes times one scale.
+
+    >>> dorefa_weight(torch.tensor([3.0, 0.1, -0.2, -3.0]), 2)
+    tensor([ 1.0000,  0.3333, -0.3333, -1.0000])
+    >>> dorefa_weight(torch.tensor([3.0, 0.0, -1.5, -1.5]), 1)
+    tensor([ 1.5000,  1.5000, -1.5000, -1.5000])
+    """
+    if bits == 1:
+        with torch.no_grad():
+            mean = weight.abs().mean()
+            rounded = torch.where(weight < 0, -mean, mean)
+        return _straight(weight, rounded)
+    levels = 2**bits - 1
+    squashed = torch.tanh(weight)
+    share = squashed / (2 * squashed.abs().amax()).clamp(min=LEAST_SCALE) + 0.5
+    scaled = levels * share
+    codes = 2 * _straight(scaled, scaled.detach().round()) - levels
+    rounded_weight: Tensor = codes * (1 / levels)
+    return rounded_weight
+
+
+# ---- activations
+
+
+def fake_quantise_activation(
+    value: Tensor, limit: Tensor, grid: Grid, *, pact: bool = False
+) -> Tensor:
+    """Round an activation to a grid with a learned range.
+
+    x_q = s * clamp(round(x / s), low, high), s = |limit| / top.
+
+    LSQ (Esser et al. 2019, equations 1 to 3): the gradient of x passes where x rounds to a code of
+    the grid (as Brevitas has it; the paper stops half a step earlier); that of `limit` is the
+    paper's, scaled by 1 / sqrt(values * high).
+
+    PACT (Choi et al. 2018, equations 1 to 3), with `limit` its alpha: the gradient of x passes
+    inside the clipping range; that of alpha is 1 where x >= alpha, else 0. A signed grid clips on
+    both sides, with -1 (low / top) where x <= -alpha.
 
     >>> unsigned = Grid(0, 3, 3)
     >>> fake_quantise_activation(torch.tensor([-1.0, 0.6, 9.0]), torch.tensor(3.0), unsigned)
     tensor([0., 1., 3.])
     """
-    quantised: Tensor = _ActivationQuantiser.apply(value, limit, grid)  # type: ignore[no-untyped-call]
+    quantised: Tensor = _ActivationQuantiser.apply(value, limit, grid, pact)  # type: ignore[no-untyped-call]
     return quantised
 
 
 def first_limit(value: Tensor, grid: Grid) -> Tensor:
     """LSQ's starting range for the values at hand: s = 2 mean|x| / sqrt(high), limit = s * top.
 
-    It starts no further out than the largest value: at 8 bits, LSQ's own would.
+    It starts no further out than the largest value: at 8 bits, LSQ's own would. PACT starts there
+    too: its paper's fixed start would round most values of a few bits to zero.
     """
     magnitude = value.detach().abs()
     limit = torch.minimum(2 * magnitude.mean() / grid.high**0.5 * grid.top, magnitude.amax())
     return torch.clamp(limit, min=LEAST_SCALE)
 
 
-class _WeightQuantiser(torch.autograd.Function):
+class LearnedRange(nn.Module):
+    """A quantiser of activations whose range is learned, by LSQ or, with `pact`, by PACT."""
+
+    def __init__(self, grid: Grid, *, pact: bool = False, start: float = math.nan) -> None:
+        super().__init__()
+        self.grid = grid
+        self.pact = pact
+        self.limit = nn.Parameter(torch.tensor(start))
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The values, rounded to the grid."""
+        return fake_quantise_activation(value, self.limit, self.grid, pact=self.pact)
+
+
+# ---- floats
+
+
+def cast(value: Tensor, precision: Precision) -> Tensor:
+    """Values rounded to fp16, bf16 or fp8, held in the type they came in; the gradient passes
+    straight through.
+
+    fp8 is e4m3 with one scale for the tensor, max|x| / 448. So an activation's scale follows the
+    batch at hand.
+
+    >>> cast(torch.tensor([1.0, 1 / 3]), Precision("fp8"))
+    tensor([1.0000, 0.3214])
+    """
+    kind = TYPES[precision.name]
+    with torch.no_grad():
+        if precision.name == "fp8":
+            low, high = torch.aminmax(value)
+            scale = torch.maximum(-low, high).clamp_(min=LEAST_SCALE).div_(FP8_TOP)
+            rounded = (value / scale).to(kind).to(value.dtype).mul_(scale)
+        else:
+            rounded = value.to(kind).to(value.dtype)
+    return _straight(value, rounded)
+
+
+# ---- gradients
+
+
+class _Straight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, top: int) -> Tensor:
-        largest = weight.abs().flatten(1).amax(1)
-        scale = torch.clamp(largest, min=LEAST_SCALE) / top
-        scale = scale.view(-1, *[1] * (weight.ndim - 1))
-        return torch.clamp(torch.round(weight / scale), -top, top) * scale
+    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         return gradients[0], None
 
 
+def _straight(value: Tensor, rounded: Tensor) -> Tensor:
+    """The rounded values, with the gradient of the values."""
+    result: Tensor = _Straight.apply(value, rounded)  # type: ignore[no-untyped-call]
+    return result
+
+
+@Kernel
+def _on_grid(value: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    return (value / scale).clamp_(low, high).round_().mul_(scale)  # type: ignore[arg-type]
+
+
+def _parts(
+    scaled: Tensor,
+    low: Tensor | float,
+    high: Tensor | float,
+    bottom: Tensor | float,
+    ceiling: Tensor | float,
+) -> tuple[Tensor, Tensor]:
+    """Each value's code, and 1 where it lies in bottom..ceiling, else 0: by arithmetic, since
+    choosing by a mask takes six times as long.
+    """
+    inside = (scaled - scaled.clamp(bottom, ceiling)).sign_().abs_().neg_().add_(1)  # type: ignore[arg-type]
+    return scaled.clamp(low, high).round_(), inside  # type: ignore[arg-type]
+
+
+@Kernel
+def _lsq_gradients(
+    value: Tensor, gradient: Tensor, scale: Tensor, *ends: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    scaled = value / scale
+    codes, inside = _parts(scaled, *ends)
+    return gradient * inside, codes.sub_(scaled.mul_(inside)).mul_(gradient)
+
+
+@Kernel
+def _pact_gradients(
+    value: Tensor, gradient: Tensor, scale: Tensor, *ends: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    codes, inside = _parts(value / scale, *ends)
+    passed = gradient * inside
+    return passed, codes.mul_(inside.neg_().add_(1)).mul_(gradient)
+
+
 class _ActivationQuantiser(torch.autograd.Function):
+    """The kernels see values as they lie in memory, as one dimension."""
+
     @staticmethod
-    def forward(ctx: Any, value: Tensor, limit: Tensor, grid: Grid) -> Tensor:
-        scale = torch.clamp(limit.abs(), min=LEAST_SCALE) / grid.top
+    def forward(ctx: Any, value: Tensor, limit: Tensor, grid: Grid, pact: bool) -> Tensor:
+        value = value if _is_dense(value) else value.contiguous()
         ctx.save_for_backward(value, limit)
-        ctx.grid = grid
-        return (value / scale).round_().clamp_(grid.low, grid.high).mul_(scale)
+        ctx.grid, ctx.pact = grid, pact
+        rounded: Tensor = _on_grid(_flat(value), _scale(limit, grid), grid.low, grid.high)
+        return rounded.as_strided(value.size(), value.stride())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        (gradient,) = gradients
         value, limit = ctx.saved_tensors
-        grid = ctx.grid
-        scaled = value / (torch.clamp(limit.abs(), min=LEAST_SCALE) / grid.top)
-        codes = torch.round(scaled)
-        kept = codes.clamp(grid.low, grid.high)
-        outside = codes != kept
-        per_step = torch.where(outside, kept, kept - scaled)
-        share = (value.numel() * grid.high) ** -0.5
-        for_limit = per_step.mul_(gradient).sum() * share * limit.sign() / grid.top
-        return gradient.masked_fill(outside, 0), for_limit.view_as(limit), None
+        grid, gradient = ctx.grid, gradients[0]
+        if gradient.stride() != value.stride():
+            gradient = torch.empty_like(value).copy_(gradient)
+        if ctx.pact:
+            kernel, share = _pact_gradients, 1.0
+            edges = (grid.low * _BELOW if grid.low else _TINY, grid.high * _BELOW)
+        else:
+            kernel, share = _lsq_gradients, (value.numel() * grid.high) ** -0.5
+            edges = (grid.low - 0.5, math.nextafter(grid.high + 0.5, 0))
+        passed, per_step = kernel(
+            _flat(value), _flat(gradient), _scale(limit, grid), grid.low, grid.high, *edges
+        )
+        for_limit = per_step.sum() * share * limit.sign() / grid.top
+        return passed.as_strided(value.size(), value.stride()), for_limit.view_as(limit), None, None
+
+
+def _scale(limit: Tensor, grid: Grid) -> Tensor:
+    return torch.clamp(limit.abs(), min=LEAST_SCALE) / grid.top
+
+
+def _is_dense(value: Tensor) -> bool:
+    """Whether the values fill one piece of memory."""
+    channels_last = value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    return channels_last or value.is_contiguous()
+
+
+def _flat(value: Tensor) -> Tensor:
+    return value.as_strided((value.numel(),), (1,))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from quant.errors import InvalidInput
 from quant.precision import weight_top
 
 Floats = npt.NDArray[np.float32]
@@ -120,16 +121,53 @@ def fold_integer(
     scale = top / np.float32(weight_top(bits))
     scale = np.where(scale >= _TINY, scale, np.float32(1)).astype(np.float32)
     codes = np.rint(weight / scale.reshape(shape)).astype(np.int8)
+    return _folded(codes, scale, bias, norm, weight_top(bits))
+
+
+def fold_dorefa(
+    rounded: Floats, bits: int, bias: Floats | None, norm: Norm | None, *, name: str
+) -> IntegerWeights:
+    """The codes of a weight that DoReFa rounded, a batch norm folded without changing a code.
+
+    Codes are odd, from -(2^bits - 1) to 2^bits - 1, on one scale, 1 / (2^bits - 1); those of one
+    bit are -1 and 1, on the scale mean|w|. They come from the rounded weight, so none can differ.
+
+    Raises InvalidInput for eight bits, which make codes up to 255; `name` is the layer's.
+
+    >>> rounded = np.array([[1, 1 / 3, -1 / 3, -1]], np.float32)
+    >>> fold_dorefa(rounded, 2, None, None, name="conv").codes
+    array([[ 3,  1, -1, -3]], dtype=int8)
+    """
+    top = 2**bits - 1
+    if top > np.iinfo(np.int8).max:
+        raise InvalidInput(
+            f"The layer {name} has {bits}-bit DoReFa weights, whose codes go to {top}: more than "
+            "an 8-bit kernel holds.",
+            accepted="pact-w1 to pact-w7 in a file; pact-w8 in training and scoring",
+            next_step="choose pact-w7 or w8 weights for that layer",
+        )
+    size = np.float32(1 / top) if bits > 1 else np.abs(rounded).max().astype(np.float32)
+    size = size if size >= _TINY else np.float32(1)
+    codes = np.rint(rounded / size).astype(np.int8)
+    scale = np.full(len(rounded), size, np.float32)
+    return _folded(codes, scale, bias, norm, top if bits > 1 else 1)
+
+
+def _folded(
+    codes: npt.NDArray[np.int8], scale: Floats, bias: Floats | None, norm: Norm | None, top: int
+) -> IntegerWeights:
+    """Codes with a norm folded into their scale (out,) and their bias."""
+    shape = (-1, *[1] * (codes.ndim - 1))
     if norm is None:
-        bias = np.zeros(len(weight), np.float32) if bias is None else bias
-        return IntegerWeights(codes, scale, bias, weight_top(bits))
+        bias = np.zeros(len(codes), np.float32) if bias is None else bias
+        return IntegerWeights(codes, scale, bias, top)
     factor = norm.factor
     codes = (codes * np.where(factor < 0, -1, 1).reshape(shape)).astype(np.int8)
     folded = scale * np.abs(factor)
     codes[folded < _TINY] = 0
     scale = np.where(folded < _TINY, np.float32(1), folded).astype(np.float32)
     shift = -norm.mean if bias is None else bias - norm.mean
-    return IntegerWeights(codes, scale, norm.beta + shift * factor, weight_top(bits))
+    return IntegerWeights(codes, scale, norm.beta + shift * factor, top)
 
 
 PackedCodes = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int8]]

@@ -1,11 +1,17 @@
-"""Stand-alone quantised layers. The only file that names Brevitas classes."""
+"""Stand-alone quantised layers: Brevitas' for absmax weights and LSQ's ranges, else our own.
+
+The only file that names Brevitas classes.
+"""
 
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
+from quant.fakequant import LearnedRange, round_weight
 from quant.precision import Grid, Precision
 
 os.environ.setdefault(
@@ -32,10 +38,12 @@ def conv(
     bias: bool,
     precision: Precision,
 ) -> nn.Conv2d:
-    """A convolution padded by kernel // 2; integer precisions quantise its weight per channel."""
+    """A convolution padded by kernel // 2, whose weight is held at the precision."""
     shape = {"stride": stride, "padding": kernel // 2, "groups": groups, "bias": bias}
-    if not precision.is_integer:
+    if not (precision.is_integer or precision.is_cast):
         return nn.Conv2d(channels_in, channels, kernel, **shape)  # type: ignore[arg-type]
+    if precision.is_pact or precision.is_cast:
+        return RoundedConv2d(channels_in, channels, kernel, precision=precision, **shape)
     layer: nn.Conv2d = QuantConv2d(
         channels_in,
         channels,
@@ -48,9 +56,11 @@ def conv(
 
 
 def linear(features_in: int, features: int, *, precision: Precision) -> nn.Linear:
-    """A linear layer with a bias; integer precisions quantise its weight per output."""
-    if not precision.is_integer:
+    """A linear layer with a bias, whose weight is held at the precision."""
+    if not (precision.is_integer or precision.is_cast):
         return nn.Linear(features_in, features)
+    if precision.is_pact or precision.is_cast:
+        return RoundedLinear(features_in, features, precision=precision)
     layer: nn.Linear = QuantLinear(
         features_in,
         features,
@@ -59,6 +69,56 @@ def linear(features_in: int, features: int, *, precision: Precision) -> nn.Linea
         weight_bit_width=precision.weight_bits,
     )
     return layer
+
+
+class RoundedConv2d(nn.Conv2d):
+    """A convolution whose weight is rounded at each use, as `precision` holds it."""
+
+    def __init__(self, *shape: int, precision: Precision, **options: Any) -> None:
+        super().__init__(*shape, **options)  # type: ignore[arg-type]
+        self.precision = precision
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """The convolution."""
+        weight = round_weight(self.weight, self.precision)
+        result: torch.Tensor = self._conv_forward(value, weight, self.bias)
+        return result
+
+
+class RoundedLinear(nn.Linear):
+    """A linear layer with a bias whose weight is rounded at each use, as `precision` holds it."""
+
+    def __init__(self, features_in: int, features: int, *, precision: Precision) -> None:
+        super().__init__(features_in, features)
+        self.precision = precision
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """The product."""
+        return functional.linear(value, round_weight(self.weight, self.precision), self.bias)
+
+
+class PactQuantiser(nn.Module):
+    """Rounds activations to a grid whose range is PACT's clipping value; any grid."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+        self.range = LearnedRange(grid, pact=True, start=1.0)
+
+    @property
+    def limit(self) -> float:
+        """The end of the range: the value of code `grid.top`."""
+        return float(self.range.limit.detach().abs())
+
+    @limit.setter
+    def limit(self, limit: float) -> None:
+        with torch.no_grad():
+            self.range.limit.fill_(limit)
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """The values, rounded."""
+        result: torch.Tensor = self.range(value)
+        return result
 
 
 class ActivationQuantiser(nn.Module):

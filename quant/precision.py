@@ -54,6 +54,11 @@ w<2-8>a<2-8> such as w8a8, or pact-w<1-8>a<2-8>.
         return self.name not in FLOATS
 
     @cached_property
+    def is_cast(self) -> bool:
+        """Whether values are floats that take less than 32 bits in memory."""
+        return FLOATS.get(self.name, 32) < 32
+
+    @cached_property
     def weight_bits(self) -> int:
         """Bits of one weight."""
         match = _INTEGER.fullmatch(self.name)

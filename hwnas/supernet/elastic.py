@@ -5,8 +5,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latency_tables.ops import NORM_EPSILON, Layer
-from quant.fakequant import fake_quantise_activation, fake_quantise_weight, first_limit
-from quant.precision import Grid, Precision
+from profilers.modules import weighted_layer
+from quant.fakequant import LearnedRange, first_limit, round_weight
+from quant.precision import Precision
 
 Statistics = tuple[Tensor, Tensor]
 """The mean and variance of one batch norm's channels."""
@@ -38,14 +39,8 @@ class ElasticLayer(nn.Module):
     def forward(self, value: Tensor, layer: Layer, precision: Precision) -> Tensor:
         """The convolution or linear layer itself, its norm left out."""
         weight = self.sliced_weight(layer.weight_shape(value.shape[1]))
-        if precision.is_integer:
-            weight = fake_quantise_weight(weight, precision.weight_bits)
         bias = None if layer.norm else self.bias[: layer.channels]
-        if layer.kind == "linear":
-            return functional.linear(value, weight, bias)
-        return functional.conv2d(
-            value, weight, bias, layer.stride, layer.kernel // 2, groups=layer.groups
-        )
+        return weighted_layer(layer, value, round_weight(weight, precision), bias)
 
     def normalise(
         self, value: Tensor, layer: Layer, statistics: Statistics | None, momentum: float | None
@@ -68,13 +63,8 @@ class ElasticLayer(nn.Module):
         )
 
 
-class ElasticRange(nn.Module):
+class ElasticRange(LearnedRange):
     """The learned range of one quantised value, set from the first batch it sees."""
-
-    def __init__(self, grid: Grid) -> None:
-        super().__init__()
-        self.grid = grid
-        self.limit = nn.Parameter(torch.tensor(float("nan")))
 
     @property
     def is_set(self) -> bool:
@@ -86,7 +76,3 @@ class ElasticRange(nn.Module):
         if not self.is_set:
             with torch.no_grad():
                 self.limit.copy_(first_limit(value, self.grid))
-
-    def forward(self, value: Tensor) -> Tensor:
-        """The values, rounded to the grid."""
-        return fake_quantise_activation(value, self.limit, self.grid)

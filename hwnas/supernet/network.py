@@ -50,7 +50,7 @@ class Supernet(nn.Module):
                 grid = runtime.grid(quantiser.bits, signed=quantiser.signed)
                 name = _range_name(placed, index)
                 if name not in self.ranges:
-                    self.ranges[name] = ElasticRange(grid)
+                    self.ranges[name] = ElasticRange(grid, pact=placed.op.precision.is_pact)
         for name, shape in shapes.items():
             gamma = RESIDUAL_GAMMA if name in summed else 1.0
             self.layers[name] = ElasticLayer(examples[name], shape, gamma)
@@ -200,4 +200,5 @@ def _layer_name(placed: PlacedOp, layer: Layer) -> str:
 def _range_name(placed: PlacedOp, index: int) -> str:
     quantiser = placed.op.quantisers[index]
     sign = "signed" if quantiser.signed else "unsigned"
-    return f"{placed.position}/{placed.group}/value{index}/{quantiser.bits} bits {sign}"
+    scheme = " pact" if placed.op.precision.is_pact else ""
+    return f"{placed.position}/{placed.group}/value{index}/{quantiser.bits} bits {sign}{scheme}"
