@@ -160,8 +160,8 @@ class Job:
             same = device == self.request.device
             request = replace(self.request, device=device, run=self.request.run if same else None)
             other = Job(request, self.progress, asked.percentile)
-            other.__dict__ |= {"splits": self.splits, "space": self.space}
-            other.__dict__ |= {"searched": self.searched}
+            known = {"splits": self.splits, "space": self.space, "searched": self.searched}
+            other.__dict__ |= known
             if same:
                 other.__dict__ |= {"profiler": self.profiler, "table": self.table}
             elif other.profiler.runtime != self.profiler.runtime:
