@@ -16,6 +16,7 @@ from hwnas.flags import (
     ConfigFile,
     Data,
     Device,
+    Fix,
     FromBundle,
     ImageSize,
     LatencyMs,
@@ -189,6 +190,7 @@ def search(
     max_size_mb: MaxSizeMb = None,
     max_bitops: MaxBitops = None,
     max_activation_mb: MaxActivationMb = None,
+    fix: Fix = None,
     space: Space = None,
     data: Data = None,
     image_size: ImageSize = None,
@@ -233,7 +235,7 @@ def search(
                 )
             job.check_images()
             limits = opened_limits(job, limited, limit_fraction, screen)
-            feasible = hwnas.run.FeasibleSet(job.space, limits)
+            feasible = hwnas.run.FeasibleSet(job.searched, limits)
             announce_feasibility(feasible, screen)
             where = hwnas.run.open_run(job)
             screen.known["run"] = str(where.path)

@@ -45,6 +45,7 @@ class Config(BaseModel):
     recipe: Any = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     limits: dict[str, Positive] = Field(default_factory=dict)
+    fix: dict[str, str] = Field(default_factory=dict)
     tables: str | None = None
     run: str | None = None
 

@@ -93,6 +93,15 @@ Seed = Annotated[
         rich_help_panel=_WHAT,
     ),
 ]
+Fix = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="OPTION=RESULT",
+        help="Leave an option as a result has it and search the others: block=RESULT; any number. "
+        "RESULT is its folder, or its architecture.json.",
+        rich_help_panel=_WHAT,
+    ),
+]
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", help="A YAML file of these flags; flags win.", rich_help_panel=_WHERE),

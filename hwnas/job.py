@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from hwnas.calibration import calibrated
 from hwnas.conditions import LATENCY, Condition, condition
 from hwnas.costs.feasible import FeasibleSet, Range, reachable
 from hwnas.costs.limits import AdditiveCost, Cost, Limit, counted_cost, latency_cost, size_cost
+from hwnas.costs.narrowed import narrowed
 from hwnas.costs.population import genes_of
 from hwnas.data import Splits
 from hwnas.methods.registry import method
@@ -65,6 +66,8 @@ class Request:
     fields that differ. Without `image_size` it is the data's own, or what the space is meant for.
     `portable` asks for files that are exact on CPUs that need weights of 7 bits; the host's own may
     be one.
+    `fixed` has the values of genes that a search leaves as they are: like limits, they are not part
+    of what the run is.
     """
 
     space: str = "mobile-tiny"
@@ -79,6 +82,7 @@ class Request:
     seed: int = 0
     tables: Path = Path("tables")
     run: Path | None = None
+    fixed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,11 @@ class Job:
         )
 
     @cached_property
+    def searched(self) -> SearchSpace:
+        """What a search looks at: the space, or what `fixed` leaves of it."""
+        return narrowed(self.space, self.request.fixed)
+
+    @cached_property
     def profiler(self) -> Profiler:
         """The device in its condition."""
         request = self.request
@@ -159,7 +168,8 @@ class Job:
             same = device == self.request.device
             request = replace(self.request, device=device, run=self.request.run if same else None)
             other = Job(request, self.progress, asked.percentile)
-            other.__dict__ |= {"splits": self.splits, "space": self.space}
+            known = {"splits": self.splits, "space": self.space, "searched": self.searched}
+            other.__dict__ |= known
             if same:
                 other.__dict__ |= {"profiler": self.profiler, "table": self.table}
             elif other.profiler.runtime != self.profiler.runtime:
@@ -279,7 +289,7 @@ class Job:
             for name in LIMITS
             if name in values and name != LATENCY
         ]
-        FeasibleSet(self.space, counted)
+        FeasibleSet(self.searched, counted)
         latencies = [name for name in sorted(values) if condition(name) is not None]
         return counted + [Limit(self.cost(name), float(values[name])) for name in latencies]
 
@@ -288,12 +298,13 @@ class Job:
         return self.limits({LATENCY: value_ms})[0]
 
     def latency_range(self) -> Range:
-        """The smallest and largest upper bound that the space can reach."""
-        return reachable(self.space, self.latency)
+        """The smallest and largest upper bound that a search can reach."""
+        return reachable(self.searched, self.latency)
 
     def first_range(self) -> Range:
         """The same before any search: a fraction of the way through it stays where it is."""
-        return reachable(self.space, latency_cost(self.space, self.table, self._first_model))
+        first = latency_cost(self.space, self.table, self._first_model)
+        return reachable(self.searched, first)
 
 
 def check_limits(values: Mapping[str, float]) -> None:

@@ -1,7 +1,8 @@
 """The search of a run: ask, score, tell, with every step in the history; then the finalists."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +31,18 @@ def limits_name(limits: Sequence[Limit]) -> str:
     return ",".join(sorted(f"{limit.cost.name}={limit.value!r}" for limit in limits))
 
 
+def result_name(job: Job, limits: Sequence[Limit]) -> str:
+    """The name of a search's result: its limits, and what was fixed, such as
+    `latency_ms=0.21,fixed-block=1c9a6e02`.
+    """
+    name, fixed = limits_name(limits), dict(job.request.fixed)
+    if not fixed:
+        return name
+    options = "-".join(sorted({gene.rpartition(".")[2] for gene in fixed}))
+    digest = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+    return f"{name},fixed-{options}={digest[:8]}"
+
+
 def values_of(limits: Sequence[Limit]) -> dict[str, float]:
     """The limits by the name of their cost."""
     return {limit.cost.name: limit.value for limit in limits}
@@ -40,7 +53,7 @@ def searches(job: Job, limits: Sequence[Limit]) -> dict[str, str]:
 
     A table that was measured anew makes it another search, and so does a bound that was raised.
     """
-    asked = f"{limits_name(limits)} table {job.table_id}"
+    asked = f"{result_name(job, limits)} table {job.table_id}"
     bounds = "".join(f" {name} x {ratio!r}" for name, ratio in _bounds(limits).items())
     return {name: f"{name} {asked}{bounds}" for name in (job.method.name, BASELINE)}
 
@@ -124,8 +137,8 @@ def search(job: Job, run: Run, limits: Sequence[Limit]) -> list[Finalist]:
 
     Raises Unreachable before any training where a limit cannot be met.
     """
-    feasible = FeasibleSet(job.space, limits)
-    result = run.result(limits_name(limits))
+    feasible = FeasibleSet(job.searched, limits)
+    result = run.result(result_name(job, limits))
     if not is_answered(job, result, limits):
         score = evaluator(job, train(job, run))
         names = searches(job, limits)
@@ -143,17 +156,22 @@ def search(job: Job, run: Run, limits: Sequence[Limit]) -> list[Finalist]:
             "finalists": [asdict(item) for item in chosen],
         }
         write_text(result / "finalists.json", json.dumps(content, indent=2) + "\n")
-        run.log("search", limits=limits_name(limits), finalists=len(chosen))
+        run.log("search", limits=result_name(job, limits), finalists=len(chosen))
     run.point_to(result)
     return read_finalists(result)
 
 
 def _question(job: Job, limits: Sequence[Limit]) -> dict[str, Any]:
-    """What finalists answer: other limits, or a table measured anew, have other finalists."""
+    """What finalists answer: other limits, other genes that are fixed, or a table measured anew,
+    have other finalists.
+    """
     names = [name for limit in limits if condition(name := limit.cost.name) is not None]
     others = {name: other.table_id for name in names if (other := job.under(name)) is not job}
-    return {"limits": values_of(limits), "table": job.table_id} | (
-        {"tables": others} if others else {}
+    fixed = dict(job.request.fixed)
+    return (
+        {"limits": values_of(limits), "table": job.table_id}
+        | ({"tables": others} if others else {})
+        | ({"fixed": fixed} if fixed else {})
     )
 
 
@@ -217,6 +235,44 @@ def read_limits(job: Job, result: Path) -> list[Limit]:
         return job.limits(dict(content["limits"]))
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(result, error) from error
+
+
+def read_fixed(result: Path) -> dict[str, str]:
+    """The genes that a result's search left as they were; none where it does not tell."""
+    try:
+        return dict(read_object(result / "finalists.json").get("fixed", {}))
+    except (OSError, TypeError, ValueError):  # who needs the file reads it, and says what is wrong
+        return {}
+
+
+def read_architecture(path: Path) -> dict[str, str]:
+    """What an architecture.json, or the result with it, tells: a value for each gene, by name."""
+    file = path / "architecture.json" if path.is_dir() else path
+    try:
+        return read_object(file)
+    except (OSError, ValueError) as error:
+        raise InvalidInput(
+            f"{file} is not an architecture: {error}.",
+            accepted="architecture.json of a result: gene names with their choices",
+        ) from error
+
+
+def fixed_genes(asked: Mapping[str, Path]) -> dict[str, str]:
+    """The genes of each option as an architecture has them, by name: `{"block": architecture}`.
+
+    Raises InvalidInput where a file is none, or has no gene of that option.
+    """
+    found: dict[str, str] = {}
+    for option, path in asked.items():
+        known = read_architecture(path)
+        own = {name: known[name] for name in known if name.rpartition(".")[2] == option}
+        if not own:
+            raise InvalidInput(
+                f"{path} has no gene {option!r} to fix.",
+                accepted=", ".join(dict.fromkeys(name.rpartition(".")[2] for name in known)),
+            )
+        found |= own
+    return found
 
 
 def _search_outcome(result: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,15 +38,19 @@ def opened_job(
     """
     given = {name: flags[name] for name in REQUEST if flags.get(name) is not None}
     path, tables, limited = flags.get("run"), flags.get("tables"), {}
+    fix = fixed_options(flags.get("fix"))
     if flags.get("config") is not None:
         config = hwnas.config.read_config(flags["config"])
         given = {n: x for n in REQUEST if (x := getattr(config, n)) is not None} | given
         path = path or (Path(config.run) if config.run else None)
         tables = tables or (Path(config.tables) if config.tables else None)
         limited = dict(config.limits)
+        fix = {option: Path(result) for option, result in config.fix.items()} | fix
     if path is not None and (path / "config.yaml").exists():
         given = hwnas.run.request_fields(hwnas.run.read_run(path), given)
-    request = hwnas.run.Request(**given, tables=tables_folder(tables), run=path)
+    request = hwnas.run.Request(
+        **given, tables=tables_folder(tables), run=path, fixed=hwnas.run.fixed_genes(fix)
+    )
     with screen.progress() as progress:
         yield hwnas.run.Job(request, progress), limited
 
@@ -63,9 +68,12 @@ def opened_result(
     where = hwnas.run.read_run(run)
     screen.known["run"] = str(where.path)
     with screen.progress() as progress, where.locked():
-        job = hwnas.run.Job(hwnas.run.request_of(where, tables_folder(tables)), progress)
+        result = where.best()
+        request = hwnas.run.request_of(where, tables_folder(tables))
+        request = replace(request, fixed=hwnas.run.read_fixed(result))
+        job = hwnas.run.Job(request, progress)
         tell_range(job, screen)
-        yield job, where, where.best()
+        yield job, where, result
 
 
 def tell_range(job: "Job", screen: Screen) -> None:
@@ -114,6 +122,19 @@ def latency_limits(
     return found, device
 
 
+def fixed_options(asked: Sequence[str] | None) -> dict[str, Path]:
+    """What --fix asks for: a result for each option. Raises InvalidInput where one is not clear."""
+    found: dict[str, Path] = {}
+    for text in asked or ():
+        option, _, result = text.partition("=")
+        if not option or not result:
+            raise InvalidInput(f"--fix is {text!r}.", accepted="OPTION=RESULT, as block=RESULT")
+        if option in found:
+            raise InvalidInput(f"--fix fixes {option} twice.")
+        found[option] = Path(result)
+    return found
+
+
 def is_latency(name: str) -> bool:
     """Whether a limit is on a latency."""
     return condition(name) is not None
@@ -155,7 +176,7 @@ def _measured(
     there = job.under(name)
     plan = hwnas.run.plan(there)
     if plan.missing or plan.networks:
-        _announce_loose(hwnas.run.FeasibleSet(job.space, known).feasibility().rows, screen)
+        _announce_loose(hwnas.run.FeasibleSet(job.searched, known).feasibility().rows, screen)
         low, high = plan.probe_ms
         text = f"networks of this space take about {low:.3g} to {high:.3g} ms here"
         asked = limited.get(name)

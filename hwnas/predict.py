@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 
 from hwnas.job import Job
+from hwnas.loop import read_architecture
 from hwnas.store import RUN_TABLE
-from latency_tables.files import read_object
 from latency_tables.ops import OpSpec
 from latency_tables.percentiles import MEDIAN
 from latency_tables.table import LatencyTable
@@ -142,14 +142,7 @@ def _nodes(graph: onnx.GraphProto) -> list[tuple[str, str, bytes, list[Any]]]:
 
 def ops_of_architecture(path: Path, job: Job) -> list[OpSpec]:
     """The ops of an architecture.json in the job's space."""
-    try:
-        content = read_object(path)
-    except (OSError, ValueError) as error:
-        raise InvalidInput(
-            f"{path} is not an architecture: {error}.",
-            accepted="architecture.json of a result: gene names with their choices",
-        ) from error
-    return list(job.space.lower(job.space.parse(content)))
+    return list(job.space.lower(job.space.parse(read_architecture(path))))
 
 
 def calibration_of(table: LatencyTable, wanted: str | None) -> str:

@@ -28,7 +28,17 @@ from hwnas.job import (
     request_fields,
     request_of,
 )
-from hwnas.loop import limits_name, ranked, read_limits, search, searches, settled
+from hwnas.loop import (
+    fixed_genes,
+    limits_name,
+    ranked,
+    read_fixed,
+    read_limits,
+    result_name,
+    search,
+    searches,
+    settled,
+)
 from hwnas.report import page
 from hwnas.report.page import limit_text, measured_rows, number
 from hwnas.retrain import accuracy as torch_accuracy
@@ -49,10 +59,11 @@ from quant.errors import Unstable
 
 __all__ = [
     "LIMITS", "FeasibleSet", "Job", "Request", "check_limits", "disturbances", "drift",
-    "estimate", "export", "feasible_range", "flag_of", "is_profiled", "is_stable", "limit_text",
-    "limits_name", "list_runs", "measured_rows", "number", "open_run", "plan", "read_limits",
-    "read_run", "remeasure", "request_fields", "request_of", "result_rows", "retrain_finalists",
-    "search", "search_to_certificate", "told_measured", "torch_accuracy", "train", "verify",
+    "estimate", "export", "feasible_range", "fixed_genes", "flag_of", "is_profiled", "is_stable",
+    "limit_text", "limits_name", "list_runs", "measured_rows", "number", "open_run", "plan",
+    "read_fixed", "read_limits", "read_run", "remeasure", "request_fields", "request_of",
+    "result_rows", "retrain_finalists", "search", "search_to_certificate", "told_measured",
+    "torch_accuracy", "train", "verify",
 ]  # fmt: skip
 
 MEASURED = ("measured", "measured_under")
@@ -65,9 +76,9 @@ def open_run(job: Job) -> Run:
 
 def search_to_certificate(job: Job, run: Run, limits: Sequence[Limit]) -> dict[str, Any]:
     """From whatever is there to a certified file: what `hwnas search --json` prints."""
-    result = run.result(limits_name(limits))
+    result = run.result(result_name(job, limits))
     limits = settled(job, result, limits)
-    feasible = FeasibleSet(job.space, limits)
+    feasible = FeasibleSet(job.searched, limits)
     search(job, run, limits)
     file = result / "certificate.json"
     content = certificates.read_certificate(file) if file.exists() else None
@@ -91,6 +102,7 @@ def search_to_certificate(job: Job, run: Run, limits: Sequence[Limit]) -> dict[s
         "accuracy": content["accuracy"],
         **_search_facts(job, run, feasible),
         **feasible_range(feasible),
+        **({"fixed": dict(fixed)} if (fixed := job.request.fixed) else {}),
         "method": {"name": job.method.name, "evidence": job.method.evidence},
         "model": str(result / "model.onnx"),
         "size_bytes": content["counts"]["size_bytes"],

@@ -11,7 +11,7 @@ from hwnas.supernet.network import Supernet
 from hwnas.supernet.trainer import load_supernet, train_supernet
 
 MARGINAL_PATHS = 1000
-"""So many paths tell the log how often training draws each value of each gene in the end."""
+"""So many paths tell the log how often binned training draws each value of each gene at its end."""
 
 
 def train(job: Job, run: Run) -> Supernet:
@@ -22,7 +22,7 @@ def train(job: Job, run: Run) -> Supernet:
     if steps < job.recipe.supernet.steps:
         sampler = job.method.sampler(job.space, job.recipe.supernet)
         run.log("train", steps=job.recipe.supernet.steps, start=steps)
-        if not steps:
+        if job.recipe.supernet.cost_bins and not steps:
             rng = np.random.default_rng(job.request.seed)
             drawn = [sampler.sample(rng, 1.0) for _ in range(MARGINAL_PATHS)]
             run.log("paths", marginals=marginals(job.space, drawn))

@@ -17,7 +17,7 @@ from hwnas.costs.limits import Limit
 from hwnas.export import certificate as certificates
 from hwnas.export.onnx_file import Agreement, accuracy, agreement, write_onnx
 from hwnas.job import Job, join, measure
-from hwnas.loop import Finalist, limits_name, read_finalists, values_of
+from hwnas.loop import Finalist, limits_name, read_finalists, result_name, values_of
 from hwnas.retrain import accuracy as torch_accuracy
 from hwnas.retrain import in_float, load_weights, retrain, save_weights, teacher_of
 from hwnas.scoring import evaluator, train
@@ -138,7 +138,7 @@ def verify(job: Job, run: Run, limits: Sequence[Limit]) -> dict[str, Any]:
     """Measure every candidate in fresh processes, ship the most accurate one that is under every
     limit, and write its certificate.
     """
-    result = run.result(limits_name(limits))
+    result = run.result(result_name(job, limits))
     candidates = export(job, run, result)
     asked = values_of(limits)
     measured = _measured_under(job, asked, [candidate.path for candidate in candidates])
@@ -276,7 +276,7 @@ def _certificate(
     measurement: Mapping[str, Measurement],
     test: float,
 ) -> dict[str, Any]:
-    result = run.result(limits_name(limits))
+    result = run.result(result_name(job, limits))
     ops = job.space.lower(Architecture(finalist.genes))
     return {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),

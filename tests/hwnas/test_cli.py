@@ -74,6 +74,95 @@ def ranges(folder: Path, hwnas_in: Commands) -> dict[str, tuple[float, float]]:
     return found
 
 
+# ---- a second stage: some options as a result has them
+
+
+@pytest.mark.usefixtures("quick")
+def test_kernels_of_a_result_are_kept_and_the_rest_is_searched(
+    tmp_path: Path,
+    searched_as: Callable[[Path, str], Path],
+    summary: dict[str, Any],
+    hwnas_in: Commands,
+) -> None:
+    folder = searched_as(tmp_path, summary["run"])
+    first = Path(summary["model"]).parent
+    before = {path.name: path.read_bytes() for path in (folder / first).iterdir()}
+    asked = ("search", *SMALL, "--limit-fraction", "0.5", "--fix", f"kernel={first}", "--json")
+    answer = hwnas_in(folder, *asked)
+    assert answer.code == 0, answer.told
+    assert answer.content["run"] == summary["run"], "what is fixed is not part of a run"
+    kernels = {n: v for n, v in summary["architecture"].items() if n.endswith("kernel")}
+    assert answer.content["fixed"] == kernels
+    assert kernels.items() <= answer.content["architecture"].items()
+    second = Path(answer.content["model"]).parent
+    assert second.name.startswith("latency_ms=")
+    assert "fixed-kernel=" in second.name
+    assert {path.name: path.read_bytes() for path in (folder / first).iterdir()} == before
+    place = [gene.name for gene in load_space(SPACE, classes=10, image_channels=1, size=32).genes]
+    with contextlib.closing(sqlite3.connect(folder / summary["run"] / "search.sqlite")) as db:
+        rows = db.execute("SELECT genes FROM proposals WHERE search LIKE '%fixed-kernel%'")
+        genes = [json.loads(text) for (text,) in rows]
+    assert len(genes) > 6
+    values = {name: {told[place.index(name)] for told in genes} for name in place}
+    assert all(len(values[name]) == 1 for name in kernels)
+    assert all(len(values[name]) > 1 for name in values.keys() - kernels)
+    again = hwnas_in(folder, *asked)
+    assert again.content == answer.content, "the question is known, and so is its answer"
+    found = (folder / second / "model.onnx").read_bytes()
+    (folder / second / "certificate.json").unlink()
+    verified = hwnas_in(folder, "verify", "--run", summary["run"], "--json")
+    assert verified.code == 0, verified.told
+    assert Path(verified.content["certificate"]).parent == second
+    assert (folder / second / "model.onnx").read_bytes() == found
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_file_fixes_what_its_flag_would(
+    tmp_path: Path,
+    searched_as: Callable[[Path, str], Path],
+    summary: dict[str, Any],
+    hwnas_in: Commands,
+) -> None:
+    folder = searched_as(tmp_path, summary["run"])
+    result = Path(summary["model"]).parent
+    file = config(folder, fix={"width": str(result / "architecture.json")})
+    flags = ("--fix", f"precision={result}", "--limit-fraction", "1")
+    answer = hwnas_in(folder, "search", *SMALL, "--config", file, *flags, "--json")
+    assert answer.code == 0, answer.told
+    told = summary["architecture"].items()
+    kept = {n: v for n, v in told if n.rpartition(".")[2] in ("width", "precision")}
+    assert answer.content["fixed"] == kept
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (["kernel"], "--fix is 'kernel'."),
+        (["=RESULT"], "--fix is '=RESULT'."),
+        (["kernel="], "--fix is 'kernel='."),
+        (["kernel=RESULT", "kernel=RESULT"], "--fix fixes kernel twice."),
+        (["block=RESULT"], "has no gene 'block' to fix."),
+        (["kernel=nowhere"], "nowhere is not an architecture"),
+        (["kernel=RESULT/model.onnx"], "is not an architecture"),
+        (["kernel=other.json"], "conv9.kernel is not a gene of plain."),
+        (["kernel=odd.json"], "conv0.kernel is '4'."),
+    ],
+)
+def test_what_cannot_be_fixed_is_refused_in_one_sentence(
+    asked: list[str], words: str, folder: Path, summary: dict[str, Any], hwnas_in: Commands
+) -> None:
+    (folder / "other.json").write_text('{"conv9.kernel": "3"}')
+    (folder / "odd.json").write_text('{"conv0.kernel": "4"}')
+    result = str(Path(summary["model"]).parent)
+    flags = [x for text in asked for x in ("--fix", text.replace("RESULT", result))]
+    if "=" not in asked[0][1:-1]:
+        flags = [x for text in asked for x in ("--fix", text)]
+    answer = hwnas_in(folder, "search", *SMALL, "--limit-fraction", "0.5", *flags, "--json")
+    assert answer.code == 2
+    assert words in answer.content["error"]["what"]
+    assert answer.content["error"]["accepted"] or "twice" in words
+
+
 # ---- help and completion
 
 

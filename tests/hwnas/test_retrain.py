@@ -209,7 +209,7 @@ def test_a_teacher_that_knows_other_answers_pulls_the_network_to_them(precision:
         assert torch.equal(next_class(x).argmax(1), (y + 1) % 3)
     shares = {}
     for weight in (0.0, 1.0):
-        recipe = RetrainRecipe(steps=60, batch=16, learning_rate=0.02)
+        recipe = RetrainRecipe(steps=40, batch=16, learning_rate=0.02)
         network = with_teacher(precision, recipe, Teacher(next_class, weight, 4.0), data)
         with torch.no_grad():
             answers = torch.cat([network(x).argmax(1) for x, _ in in_order(data.search_val, 24)])

@@ -107,17 +107,23 @@ def test_the_certificate_names_what_it_certifies(
     assert content["counts"]["macs"] == sum(op.macs for op in ops)
 
 
-def test_the_log_tells_how_often_training_draws_each_value(
-    finished: tuple[Job, Run, dict[str, Any]],
+@pytest.mark.parametrize("bins", [0, 3])
+def test_the_log_tells_how_often_binned_training_draws_each_value(
+    bins: int, tmp_path: Path
 ) -> None:
-    job, run, _ = finished
+    recipe = {"name": "smoke", "supernet": {"steps": 1, "cost_bins": bins}}
+    job = job_in(tmp_path, recipe=recipe)
+    run = hwnas.run.open_run(job)
+    hwnas.run.train(job, run)
     lines = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
-    (told,) = [line["marginals"] for line in lines if line["event"] == "paths"]
-    assert told.keys() == {gene.name for gene in job.space.genes}
-    for gene in job.space.genes:
-        assert list(told[gene.name]) == list(gene.choices)
-        assert sum(told[gene.name].values()) == pytest.approx(1)
-        assert min(told[gene.name].values()) > 0
+    told = [line["marginals"] for line in lines if line["event"] == "paths"]
+    assert len(told) == (bins > 0)
+    for marginals in told:
+        assert marginals.keys() == {gene.name for gene in job.space.genes}
+        for gene in job.space.genes:
+            assert list(marginals[gene.name]) == list(gene.choices)
+            assert sum(marginals[gene.name].values()) == pytest.approx(1)
+        assert 0.3 < marginals["head.precision"]["fp32"] < 0.7, "no precision changes the MACs"
 
 
 def test_no_row_of_the_history_is_over_its_limit(
@@ -495,3 +501,36 @@ def test_a_certificate_of_another_host_is_refused(
     (tmp_path / "model.onnx").write_bytes(Path(summary["model"]).read_bytes())
     with pytest.raises(InvalidInput, match=r"another host \(cpu: "):
         hwnas.run.remeasure(job, tmp_path)
+
+
+# ---- a teacher
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("teacher", ["float", "largest"])
+def test_retraining_with_a_teacher_goes_on_to_the_same_weights(
+    teacher: str, tmp_path: Path, profiled: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while the teacher is trained, then while its pupil is; without it they differ."""
+    monkeypatch.setattr("hwnas.training.CHECKPOINT_S", 0.0)
+    weights = {}
+    for name, kind in (("whole", teacher), ("parts", teacher), ("alone", "none")):
+        recipe = {"name": "smoke", "finalists": 1, "evaluations": 6, "retrain": {"teacher": kind}}
+        folder = profiled(tmp_path / name)
+        job = job_in(folder, recipe=recipe)
+        run = hwnas.run.open_run(job)
+        hwnas.run.search(job, run, [job.latency_limit(middle(job))])
+        result = run.best()
+        stages = ["training the teacher"] * (kind == "float") + ["retraining"]
+        for stage in stages if name == "parts" else []:
+            job.progress = Stop(stage, 3, MemoryError())
+            with pytest.raises(MemoryError):
+                hwnas.run.retrain_finalists(job, run, result)
+        job.progress = quiet
+        (network,) = hwnas.run.retrain_finalists(job, run, result)
+        weights[name] = network.state_dict()
+        left = {path.name for path in result.glob("finalist-0*")}
+        assert left == {"finalist-0.pt"} | ({"finalist-0.teacher.pt"} if kind == "float" else set())
+    whole = weights["whole"]
+    assert all(bool((value == weights["parts"][n]).all()) for n, value in whole.items())
+    assert any(bool((value != weights["alone"][n]).any()) for n, value in whole.items())
