@@ -5,6 +5,7 @@ The only file that names Brevitas classes.
 
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ os.environ.setdefault(
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    from brevitas.export import export_onnx_qcdq
     from brevitas.nn import QuantConv2d, QuantIdentity, QuantLinear
     from brevitas.quant import (
         Int8ActPerTensorFloatMinMaxInit,
@@ -165,3 +167,25 @@ class ActivationQuantiser(nn.Module):
         """The values, rounded."""
         result: torch.Tensor = self.quantiser(value)
         return result
+
+
+def write_qcdq(module: nn.Module, images: torch.Tensor, path: Path) -> None:
+    """Write a module of these layers as Brevitas itself exports it: quantise, clip and dequantise
+    nodes, norms unfolded, biases in float.
+
+    No file of hwnas: another implementation to hold them against. It needs onnxoptimizer. `images`
+    is an example of the input, (batch, channels, height, width); the batch is symbolic.
+    """
+    names = {"input_names": ["input"], "output_names": ["output"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        export_onnx_qcdq(
+            module,
+            args=images,
+            export_path=str(path),
+            dynamo=False,
+            opset_version=17,
+            keep_initializers_as_inputs=False,
+            dynamic_axes={name: {0: "batch"} for name in ("input", "output")},
+            **names,
+        )

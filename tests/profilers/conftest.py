@@ -27,10 +27,15 @@ def one_torch_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def trained() -> Trained:
     """Networks whose norms are random (a quarter of the factors negative) and whose quantisers
-    cover 98 % of what they see on `images`."""
+    cover 98 % of what they see on `images`; `settled` norms have the statistics of `images`."""
 
     def make(
-        ops: Sequence[OpSpec], images: np.ndarray, seed: int = 0, runtime: Runtime = ONNXRUNTIME
+        ops: Sequence[OpSpec],
+        images: np.ndarray,
+        seed: int = 0,
+        runtime: Runtime = ONNXRUNTIME,
+        *,
+        settled: bool = False,
     ) -> Network:
         torch.manual_seed(seed)
         network = Network(ops, runtime)
@@ -44,7 +49,8 @@ def trained() -> Trained:
                     module.bias.copy_(torch.randn(size, generator=rng) * 0.3)
                     module.running_mean.copy_(torch.randn(size, generator=rng) * 0.3)
                     module.running_var.copy_(torch.rand(size, generator=rng) + 0.5)
-        network.eval()
+                module.momentum = 1.0
+        network.train(settled)
 
         def cover(quantiser: ActivationQuantiser, values: tuple[torch.Tensor]) -> None:
             quantiser.limit = 0.98 * float(values[0].abs().max()) + 1e-6
@@ -58,6 +64,6 @@ def trained() -> Trained:
             network(torch.from_numpy(images))
         for hook in hooks:
             hook.remove()
-        return network
+        return network.eval()
 
     return make

@@ -21,7 +21,7 @@ from quant.errors import InvalidInput
 from quant.layers import ActivationQuantiser
 from quant.precision import ONNXRUNTIME, TENSORRT, Precision
 
-COARSE = replace(ONNXRUNTIME, kernels={"fp32": "fp32", "w8a2": "int8"})
+COARSE = replace(ONNXRUNTIME, kernels={"fp32": "fp32", "w8a3": "int8"})
 
 
 def chain(name: str) -> list[OpSpec]:
@@ -43,13 +43,11 @@ def data() -> Splits:
 
 @pytest.fixture(scope="module")
 def networks(data: Splits) -> dict[str, Network]:
-    """Trained for seconds: the shipped precision, and one so coarse that the grid is seen."""
-    return {name: trained(name, data) for name in ("w8a8", "w8a2")}
-
-
-def trained(name: str, data: Splits) -> Network:
+    """One trained for seconds in the shipped precision; and its weights in one so coarse that the
+    grid is seen.
+    """
     torch.manual_seed(0)
-    network = Network(chain(name), COARSE if name == "w8a2" else ONNXRUNTIME)
+    network = Network(chain("w8a8"), ONNXRUNTIME)
     batch = next(x for x, _ in in_order(data.train.first(64), 64))
 
     def cover(quantiser: ActivationQuantiser, values: tuple[torch.Tensor]) -> None:
@@ -61,9 +59,11 @@ def trained(name: str, data: Splits) -> Network:
         network(batch)
     for hook in hooks:
         hook.remove()
-    recipe = TrainingRecipe(steps=60, batch=24, learning_rate=0.04)
+    recipe = TrainingRecipe(steps=50, batch=24, learning_rate=0.04)
     retrain(network, data, recipe, seed=0, progress=lambda *_: None, recalibration_images=256)
-    return network
+    coarse = Network(chain("w8a3"), COARSE)
+    coarse.load_state_dict(network.state_dict())
+    return {"w8a8": network, "w8a3": coarse.eval()}
 
 
 def logits(network: Network, data: Splits) -> torch.Tensor:
@@ -71,7 +71,7 @@ def logits(network: Network, data: Splits) -> torch.Tensor:
         return torch.cat([network(x) for x, _ in in_order(data.search_val, 100)])
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w8a2"])
+@pytest.mark.parametrize("name", ["w8a8", "w8a3"])
 def test_the_same_runtime_changes_nothing(
     networks: dict[str, Network], data: Splits, name: str
 ) -> None:
@@ -102,12 +102,12 @@ def test_weights_and_ranges_are_carried_over_and_codes_are_the_runtimes(
             assert ends == pytest.approx((quantiser.grid.low * step, quantiser.grid.high * step))
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w8a2"])
+@pytest.mark.parametrize("name", ["w8a8", "w8a3"])
 def test_the_score_is_that_of_the_new_grid(
     networks: dict[str, Network], data: Splits, name: str
 ) -> None:
-    """The emitted file of the other runtime, in a float simulation, counts image by image; at two
-    bits an unsigned tensor has one step there, not 3, and the trained accuracy would be a lie."""
+    """The emitted file of the other runtime, in a float simulation, counts image by image; at three
+    bits an unsigned tensor has 3 steps there, not 7, and the trained accuracy would be a lie."""
     network = networks[name]
     tensorrt = replace(TENSORRT, kernels={"fp32": "fp32", name: "int8"})
     found = rescored(network, tensorrt, data)
@@ -122,8 +122,8 @@ def test_the_score_is_that_of_the_new_grid(
     ).argmax(1)
     right = (answers == data.search_val.y).mean()
     assert found.search_val == pytest.approx(right, abs=1.5 / len(answers))
-    if name == "w8a2":
-        assert found.search_val < found.trained_search_val - 0.02
+    if name == "w8a3":
+        assert found.search_val < found.trained_search_val - 0.1
     else:
         assert found.trained_search_val > 0.5
         assert found.search_val == pytest.approx(found.trained_search_val, abs=0.03)
@@ -131,5 +131,5 @@ def test_the_score_is_that_of_the_new_grid(
 
 
 def test_a_runtime_without_the_kernels_is_refused(networks: dict[str, Network]) -> None:
-    with pytest.raises(InvalidInput, match="w8a2"):
-        requantised(networks["w8a2"], TENSORRT)
+    with pytest.raises(InvalidInput, match="w8a3"):
+        requantised(networks["w8a3"], TENSORRT)
