@@ -40,6 +40,7 @@ from hwnas.loop import (
     settled,
 )
 from hwnas.report import page
+from hwnas.report.notes import notes
 from hwnas.report.page import limit_text, measured_rows, number
 from hwnas.retrain import accuracy as torch_accuracy
 from hwnas.scoring import train
@@ -106,6 +107,12 @@ def search_to_certificate(job: Job, run: Run, limits: Sequence[Limit]) -> dict[s
         "method": {"name": job.method.name, "evidence": job.method.evidence},
         "model": str(result / "model.onnx"),
         "size_bytes": content["counts"]["size_bytes"],
+        "notes": notes(
+            job.space,
+            job.space.parse(content["architecture"]),
+            job.latency,
+            job.profiler.runtime,
+        ),
         "certificate": str(file),
         "report": str(run.report),
     }

@@ -57,6 +57,7 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
             f"{summary['evaluated']} architectures each",
         ),
         ("model", f"{summary['model']} ({summary['size_bytes'] / 1e6:.3g} MB)"),
+        *(("note", sentence) for sentence in summary["notes"]),
         ("certificate", summary["certificate"]),
         ("report", summary["report"]),
     ]

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from hwnas.costs.limits import latency_cost
 from hwnas.costs.population import genes_of
 from hwnas.costs.samplers import UniformSampler
 from hwnas.export.onnx_file import write_onnx
@@ -22,16 +23,18 @@ from hwnas.predict import (
     predict_file,
     run_of,
 )
-from hwnas.spaces.base import Architecture
-from hwnas.spaces.mobile import mobile_tiny
+from hwnas.spaces.base import Architecture, SearchSpace
+from hwnas.spaces.mobile import Stage, mobile, mobile_tiny
 from hwnas.store import RUN_TABLE, open_run
 from latency_tables.boundaries import chain_key, probes, with_heads
 from latency_tables.model import LatencyModel, Quality
 from latency_tables.ops import OpSpec
 from latency_tables.table import LatencyTable, Row
+from profilers.build import build_rows, missing_chains
 from profilers.graphs import OPS_METADATA, emit, random_parameters
+from profilers.measure import Protocol
 from profilers.modules import Network
-from profilers.simulated import CALL_US, op_us
+from profilers.simulated import CALL_US, SimulatedProfiler, op_us
 from quant.errors import InvalidInput, TableError
 
 SPACE = str(Path(__file__).parents[2] / "examples" / "own_space.py") + ":space"
@@ -156,6 +159,50 @@ def test_a_precision_that_the_model_does_not_know_is_told(job: Job) -> None:
     assert caught.value.what == "The latency model 'floats' knows no w8a8."
     assert caught.value.accepted == "fp32"
     assert "--calibration" in caught.value.next_step
+
+
+def low_bit_spaces() -> tuple[SearchSpace, SearchSpace]:
+    """A space at two precisions, and the same with two more that run as the second."""
+
+    def space(*precisions: str) -> SearchSpace:
+        stages = (Stage(1, 1, (8, 16)), Stage(2, 2, (16,), squeeze=4))
+        return mobile("bits", stages, classes=4, size=16, kernels=(3,), precisions=precisions)
+
+    return space("fp32", "w8a8"), space("fp32", "w8a8", "w4a8", "w2a8")
+
+
+def test_more_precisions_that_run_alike_need_no_further_rows(tmp_path: Path) -> None:
+    """Exactly the rows and chains of the two that are executed are measured, on any device."""
+    two, four = low_bit_spaces()
+    assert len(four.lattice.ops) > 1.5 * len(two.lattice.ops)
+    nothing = LatencyTable(job_in(tmp_path).profiler.host(), {})
+    wanted = missing_chains(nothing, two.lattice.ops)
+    assert missing_chains(nothing, four.lattice.ops) == wanted
+    profiler, protocol = SimulatedProfiler(), Protocol()
+    table = build_rows(profiler, four.lattice.ops, tmp_path / "table.parquet", protocol)
+    assert set(table.rows) | set(table.chains) == set(map(chain_key, wanted))
+    assert missing_chains(table, two.lattice.ops) == []
+    per_op = latency_cost(four, table, MODEL).per_op.tolist()
+    costs = dict(zip(four.lattice.ops, per_op, strict=True))
+    low = [op for op in costs if op.executed != op]
+    assert {op.precision.name for op in low} == {"w4a8", "w2a8"}
+    assert all(costs[op] == costs[op.executed] for op in low)
+
+
+def test_a_low_bit_network_is_predicted_as_the_one_that_runs_in_its_place(
+    tmp_path: Path,
+) -> None:
+    _, space = low_bit_spaces()
+    ops = space.lower(UniformSampler(space).sample(np.random.default_rng(1)))
+    table = build_rows(
+        SimulatedProfiler(), space.lattice.ops, tmp_path / "table.parquet", Protocol()
+    )
+    table.models["one"] = MODEL
+    assert any(op.executed != op for op in ops)
+    found, wanted = (predict(each, table, "one", "") for each in (ops, [op.executed for op in ops]))
+    assert found.latency_ms == wanted.latency_ms
+    assert [op.row_us for op in found.ops] == [op.row_us for op in wanted.ops]
+    assert [op.key for op in found.ops] == [op.key for op in ops], "told as what they are"
 
 
 # ---- which table, which model

@@ -534,3 +534,41 @@ def test_retraining_with_a_teacher_goes_on_to_the_same_weights(
     whole = weights["whole"]
     assert all(bool((value == weights["parts"][n]).all()) for n, value in whole.items())
     assert any(bool((value != weights["alone"][n]).any()) for n, value in whole.items())
+
+
+# ---- bits
+
+
+BITS = """
+from hwnas.spaces.mobile import Stage, mobile
+
+def space(*, classes, image_channels, size):
+    stages = (Stage(1, 2, (8,)), Stage(1, 2, (16, 24)))
+    return mobile("bits", stages, classes=classes, size=size, image_channels=image_channels,
+                  stem_channels=8, head_channels=32, kernels=(3,), expansions=(3,),
+                  precisions=PRECISIONS, skip=False)
+"""
+
+
+def test_a_search_over_bits_ships_a_file_and_says_what_they_bought(tmp_path: Path) -> None:
+    """Rows, factors and predictions are those of the precisions that are executed; each w4a8 or
+    w2a8 that ships is told to buy no time."""
+    (tmp_path / "space.py").write_text(BITS.replace("PRECISIONS", '("w8a8", "w4a8", "w2a8")'))
+    job = job_in(tmp_path, space=f"{tmp_path / 'space.py'}:space")
+    run = hwnas.run.open_run(job)
+    summary = hwnas.run.search_to_certificate(job, run, [job.latency_limit(1.0)])
+    assert set(job.model.scales) == {"fp32", "w8a8"}
+    assert {row.precision for row in job.table.rows.values()} == {"fp32", "w8a8"}
+    chosen = {name for key, name in summary["architecture"].items() if "precision" in key}
+    told = {sentence.split()[0] for sentence in summary["notes"]}
+    assert told == chosen - {"w8a8"}
+    assert told, "the seed finds a network with low-bit weights"
+    page = Path(summary["report"]).read_text()
+    rows = dict(hwnas.run.result_rows(summary))
+    for sentence in summary["notes"]:
+        assert "in the kernels of w8a8" in sentence
+        assert sentence in page
+    assert rows["note"] == summary["notes"][-1]
+    content = json.loads(Path(summary["certificate"]).read_text())
+    assert content["agreement"]["same_class"] >= 0.999
+    assert content["agreement"]["largest_difference"] < 0.01 * content["agreement"]["logit_range"]

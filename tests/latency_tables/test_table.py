@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -431,6 +432,26 @@ def test_lookup_finds_the_row_of_the_same_layers() -> None:
     table = _table(_op(3), _op(5), _op(3, precision="w8a8"))
     for op in (_op(3), _op(5), _op(3, precision="w8a8")):
         assert table.lookup(op) is table.rows[op.key]
+
+
+@pytest.mark.parametrize("name", ["w4a8", "w2a8", "pact-w1a8"])
+def test_ops_that_run_alike_share_a_row(name: str) -> None:
+    table = _table(_op(3), _op(3, precision="w8a8"))
+    op = _op(3, precision=name)
+    assert op.executed == _op(3, precision="w8a8")
+    assert table.lookup(op) is table.lookup(op.executed) is table.rows[op.executed.key]
+    assert table.missing([op]) == []
+    assert table.in_network_us([op]) == table.in_network_us([op.executed])
+    assert LatencyTable(HOST, {}).missing([op, op.executed]) == [op.executed]
+
+
+def test_activations_of_fewer_bits_have_a_row_of_their_own() -> None:
+    """They run a Clip more, and hand on another format."""
+    table = _table(_op(3, precision="w8a8"))
+    low, shared = _op(3, precision="w8a4"), _op(3, precision="w2a4")
+    assert table.missing([low, shared]) == [low]
+    with pytest.raises(TableError, match=re.escape(repr(low.key))):
+        table.lookup(shared)
 
 
 def test_a_miss_names_the_three_nearest_keys_nearest_first() -> None:

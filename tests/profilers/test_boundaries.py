@@ -15,6 +15,7 @@ import pytest
 
 from hwnas.costs.samplers import UniformSampler
 from hwnas.spaces.base import SearchSpace
+from hwnas.spaces.mobile import Stage, mobile
 from hwnas.spaces.registry import load_space
 from latency_tables.boundaries import chain_key, probes
 from latency_tables.ops import OpSpec
@@ -98,6 +99,20 @@ def test_operators_of_a_space_of_ones_own_add_up(executed: Executed) -> None:
     path = f"{EXAMPLES / 'own_space.py'}:space"
     space = load_space(path, classes=10, image_channels=1, size=32)
     assert_operators_add_up(space, 20, executed)
+
+
+def test_operators_of_low_bit_weights_add_up_from_the_rows_of_eight_bits(
+    executed: Executed,
+) -> None:
+    """What is unpacked when a file is loaded is no operator, in rows or in networks."""
+    stages = (Stage(1, 1, (16, 32)), Stage(2, 2, (32, 48)))
+    space = mobile(
+        "low", stages, classes=10, size=32, kernels=(3,),
+        precisions=("fp32", "w8a8", "w4a8", "w2a8", "pact-w1a8"),
+    )  # fmt: skip
+    assert_operators_add_up(space, 20, executed)
+    chains = probes(space.lattice.ops).values()
+    assert {op.precision.name for chain in chains for op in chain} == {"fp32", "w8a8"}
 
 
 def test_rows_alone_do_not_add_up(executed: Executed) -> None:

@@ -41,7 +41,7 @@ def space_of(precisions: tuple[str, ...]) -> SearchSpace:
 
 def trained_network(data: Splits, precisions: dict[str, str], steps: int) -> Network:
     torch.manual_seed(0)
-    space = space_of(("fp32", "w8a8"))
+    space = space_of(tuple(sorted({"fp32", "w8a8", *precisions.values()})))
     supernet = Supernet(space)
     batches = [x for x, _ in in_order(data.train.first(128), 64)]
     supernet.initialise_ranges(batches[0])
@@ -49,6 +49,7 @@ def trained_network(data: Splits, precisions: dict[str, str], steps: int) -> Net
     network = supernet.extract(architecture, supernet.recalibrate(architecture, batches))
     recipe = TrainingRecipe(steps=steps, batch=32, learning_rate=0.04)
     retrain(network, data, recipe, seed=0, progress=lambda *_: None)
+    network.round_biases()
     return network
 
 
@@ -117,16 +118,40 @@ def test_an_integer_file_answers_as_the_trained_network(
     profiler: OrtProfiler,
     tmp_path: Path,
 ) -> None:
-    """Biases are rounded to the accumulator's grid, which can turn an answer near a tie."""
+    """Its biases are those of the file, so that codes differ on ties alone."""
     network = networks[kind]
     model = write_onnx(network, profiler, tmp_path / "model.onnx")
     with profiler.prepare(model) as session:
         found = agreement(network, session, data.search_val)
         shipped = accuracy(session, data.search_val)
     assert torch_accuracy(network, data) > 0.7
-    assert found.same_class >= 0.97
-    assert found.largest_difference < 0.25 * found.logit_range
-    assert shipped == pytest.approx(torch_accuracy(network, data), abs=0.03)
+    assert found.same_class >= 0.999
+    assert found.largest_difference < 0.01 * found.logit_range
+    assert shipped == pytest.approx(torch_accuracy(network, data), abs=0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["w8a8", "w4a8", "w2a8", "w8a4", "w4a4", "w2a4"])
+def test_a_file_of_any_bits_answers_as_its_network_on_every_image_at_hand(
+    name: str, data: Splits, profiler: OrtProfiler, tmp_path: Path
+) -> None:
+    """On 1300 images, of the classes at most one differs, and 97 % of the logits are the same. They
+    would not be without the biases of the file: the accumulator's grid is coarse for few bits."""
+    network = trained_network(data, dict.fromkeys(PLACES, name), 80)
+    images = Images(
+        np.concatenate([data.train.x, data.search_val.x]),
+        np.concatenate([data.train.y, data.search_val.y]),
+    )
+    assert len(images) >= 1000
+    with profiler.prepare(write_onnx(network, profiler, tmp_path / "model.onnx")) as session:
+        found = agreement(network, session, images)
+        logits = session.run(as_input(images.x))
+    with torch.no_grad():
+        reference = network(torch.from_numpy(as_input(images.x))).numpy()
+    assert found.same_class >= 0.999
+    assert found.largest_difference < 0.01 * found.logit_range
+    identical = np.abs(logits - reference).max(1) < 1e-4 * found.logit_range
+    assert identical.mean() > 0.97
 
 
 def test_the_file_on_disk_is_the_checked_model_and_tells_its_ops(
