@@ -30,19 +30,19 @@ def run_op(
     op: OpSpec,
     inputs: Sequence[Tensor],
     weighted: Callable[[int, Layer, Tensor], Tensor],
-    quantise: Callable[[int, Tensor], Tensor],
+    quantise: Callable[[int, Tensor, bool], Tensor],
 ) -> Tensor:
     """The output of an op.
 
     `weighted(index, layer, x)` runs a convolution or linear layer with its norm;
-    `quantise(value index, x)` rounds a value that the op quantises. What a float op holds in less
-    than 32 bits is cast here: that takes no parameters. Tensors are kept channels-last, in which
-    depthwise layers train about twice as fast.
+    `quantise(value index, x, relu)` rounds a value that the op quantises, max(x, 0) where `relu`
+    says so. What a float op holds in less than 32 bits is cast here: that takes no parameters.
+    Tensors are kept channels-last, in which depthwise layers train about twice as fast.
     """
 
-    def rounded(index: int, value: Tensor) -> Tensor:
+    def rounded(index: int, value: Tensor, *, relu: bool = False) -> Tensor:
         if index in op.quantisers:
-            return quantise(index, value)
+            return quantise(index, value, relu)
         return cast(value, op.precision) if index in op.casts else value
 
     values: list[Tensor] = []
@@ -50,6 +50,10 @@ def run_op(
         values.append(rounded(index, value.contiguous(memory_format=torch.channels_last)))
     for index, layer in enumerate(op.layers):
         sources = [values[i] for i in layer.inputs]
+        position = len(op.inputs) + index
+        if layer.function == "relu" and position in op.quantisers:
+            values.append(rounded(position, sources[0], relu=True))
+            continue
         match layer.kind:
             case "conv":
                 value = weighted(index, layer, sources[0])
@@ -65,7 +69,7 @@ def run_op(
                 value = sources[0] * sources[1]
             case _:
                 raise ValueError(f"{layer} has no PyTorch form")
-        values.append(rounded(len(op.inputs) + index, value))
+        values.append(rounded(position, value))
     return values[-1]
 
 
@@ -196,8 +200,8 @@ class OpModule(nn.Module):
         assert isinstance(module, nn.BatchNorm2d)
         return module
 
-    def _quantise(self, index: int, value: Tensor) -> Tensor:
-        result: Tensor = self.quantisers[str(index)](value)
+    def _quantise(self, index: int, value: Tensor, relu: bool) -> Tensor:
+        result: Tensor = self.quantisers[str(index)](value, relu=relu)
         return result
 
 
@@ -230,8 +234,8 @@ class FoldedOp(nn.Module):
         weight, bias = self.get_buffer(f"weight{index}"), self.get_buffer(f"bias{index}")
         return weighted_layer(layer, value, weight, bias)
 
-    def _quantise(self, index: int, value: Tensor) -> Tensor:
-        result: Tensor = self.quantisers[str(index)](value)
+    def _quantise(self, index: int, value: Tensor, relu: bool) -> Tensor:
+        result: Tensor = self.quantisers[str(index)](value, relu=relu)
         return result
 
 

@@ -11,9 +11,11 @@ The stand-alone layers of `quant.layers` give the same numbers to the last bit. 
 fp32; sums are taken over values in the order in which they lie in memory.
 """
 
+import functools
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -98,9 +100,10 @@ def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
 
 
 def fake_quantise_activation(
-    value: Tensor, limit: Tensor, grid: Grid, *, pact: bool = False
+    value: Tensor, limit: Tensor, grid: Grid, *, pact: bool = False, relu: bool = False
 ) -> Tensor:
-    """Round an activation to a grid with a learned range.
+    """Round an activation to a grid with a learned range; with `relu`, on an unsigned grid, round
+    max(x, 0), without a pass over the values for it.
 
     x_q = s * clamp(round(x / s), low, high), s = |limit| / top.
 
@@ -116,7 +119,7 @@ def fake_quantise_activation(
     >>> fake_quantise_activation(torch.tensor([-1.0, 0.6, 9.0]), torch.tensor(3.0), unsigned)
     tensor([0., 1., 3.])
     """
-    quantised: Tensor = _ActivationQuantiser.apply(value, limit, grid, pact)  # type: ignore[no-untyped-call]
+    quantised: Tensor = _ActivationQuantiser.apply(value, limit, grid, pact, relu)  # type: ignore[no-untyped-call]
     return quantised
 
 
@@ -140,9 +143,9 @@ class LearnedRange(nn.Module):
         self.pact = pact
         self.limit = nn.Parameter(torch.tensor(start))
 
-    def forward(self, value: Tensor) -> Tensor:
-        """The values, rounded to the grid."""
-        return fake_quantise_activation(value, self.limit, self.grid, pact=self.pact)
+    def forward(self, value: Tensor, *, relu: bool = False) -> Tensor:
+        """The values, or max(value, 0), rounded to the grid."""
+        return fake_quantise_activation(value, self.limit, self.grid, pact=self.pact, relu=relu)
 
 
 # ---- floats
@@ -229,10 +232,12 @@ class _ActivationQuantiser(torch.autograd.Function):
     """The kernels see values as they lie in memory, as one dimension."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, limit: Tensor, grid: Grid, pact: bool) -> Tensor:
+    def forward(
+        ctx: Any, value: Tensor, limit: Tensor, grid: Grid, pact: bool, relu: bool
+    ) -> Tensor:
         value = value if _is_dense(value) else value.contiguous()
         ctx.save_for_backward(value, limit)
-        ctx.grid, ctx.pact = grid, pact
+        ctx.grid, ctx.pact, ctx.inside = grid, pact, _inside(grid, pact, relu)
         rounded: Tensor = _on_grid(_flat(value), _scale(limit, grid), grid.low, grid.high)
         return rounded.as_strided(value.size(), value.stride())
 
@@ -244,15 +249,25 @@ class _ActivationQuantiser(torch.autograd.Function):
             gradient = torch.empty_like(value).copy_(gradient)
         if ctx.pact:
             kernel, share = _pact_gradients, 1.0
-            edges = (grid.low * _BELOW if grid.low else _TINY, grid.high * _BELOW)
         else:
             kernel, share = _lsq_gradients, (value.numel() * grid.high) ** -0.5
-            edges = (grid.low - 0.5, math.nextafter(grid.high + 0.5, 0))
         passed, per_step = kernel(
-            _flat(value), _flat(gradient), _scale(limit, grid), grid.low, grid.high, *edges
+            _flat(value), _flat(gradient), _scale(limit, grid), grid.low, grid.high, *ctx.inside
         )
         for_limit = per_step.sum() * share * limit.sign() / grid.top
-        return passed.as_strided(value.size(), value.stride()), for_limit.view_as(limit), None, None
+        passed = passed.as_strided(value.size(), value.stride())
+        return passed, for_limit.view_as(limit), None, None, None
+
+
+@functools.cache
+def _inside(grid: Grid, pact: bool, relu: bool) -> tuple[float, float]:
+    """The least and the largest x / s, in fp32, at which the gradient of x passes."""
+    if pact:
+        low, high = grid.low * _BELOW or _TINY, grid.high * _BELOW
+    else:
+        half = np.float32(grid.high + 0.5)  # rounds to the even code after `high`
+        low, high = grid.low - 0.5, float(np.nextafter(half, np.float32(0)))
+    return _TINY if relu else low, high
 
 
 def _scale(limit: Tensor, grid: Grid) -> Tensor:
@@ -266,4 +281,6 @@ def _is_dense(value: Tensor) -> bool:
 
 
 def _flat(value: Tensor) -> Tensor:
-    return value.as_strided((value.numel(),), (1,))
+    """The values in one dimension; no view, for a compiled kernel would be tied to its base."""
+    storage, first = value.untyped_storage(), value.storage_offset()
+    return torch.empty(0).set_(storage, first, (value.numel(),), (1,))

@@ -117,9 +117,9 @@ class PactQuantiser(nn.Module):
         with torch.no_grad():
             self.range.limit.fill_(limit)
 
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        """The values, rounded."""
-        result: torch.Tensor = self.range(value)
+    def forward(self, value: torch.Tensor, *, relu: bool = False) -> torch.Tensor:
+        """The values, or max(value, 0), rounded."""
+        result: torch.Tensor = self.range(value, relu=relu)
         return result
 
 
@@ -163,9 +163,9 @@ class ActivationQuantiser(nn.Module):
         with torch.no_grad():
             self._range.fill_(limit)
 
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        """The values, rounded."""
-        result: torch.Tensor = self.quantiser(value)
+    def forward(self, value: torch.Tensor, *, relu: bool = False) -> torch.Tensor:
+        """The values, or max(value, 0), rounded."""
+        result: torch.Tensor = self.quantiser(functional.relu(value) if relu else value)
         return result
 
 

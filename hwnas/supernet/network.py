@@ -165,11 +165,11 @@ class Supernet(nn.Module):
             known = statistics[number, index] if statistics is not None else None
             return shared.normalise(result, layer, known, momentum)
 
-        def quantise(index: int, source: Tensor) -> Tensor:
+        def quantise(index: int, source: Tensor, relu: bool) -> Tensor:
             shared = self._range(placed, index)
             if initialise:
-                shared.initialise(source)
-            result: Tensor = shared(source)
+                shared.initialise(source.relu() if relu else source)
+            result: Tensor = shared(source, relu=relu)
             return result
 
         return run_op(placed.op, [value], weighted, quantise)

@@ -93,9 +93,9 @@ def test_shapes_and_signs_are_those_of_the_op_run_in_pytorch(op: OpSpec, seed: i
             value, weight, stride=layer.stride, padding=layer.kernel // 2, groups=layer.groups
         )
 
-    def keep(index: int, value: torch.Tensor) -> torch.Tensor:
-        outputs[index] = value
-        return value
+    def keep(index: int, value: torch.Tensor, relu: bool) -> torch.Tensor:
+        outputs[index] = value.relu() if relu else value
+        return outputs[index]
 
     tensor = op.inputs[0]
     given_value = random(2, tensor.channels, tensor.height, tensor.width)
@@ -119,7 +119,23 @@ def test_a_float_op_hands_on_its_own_type_and_an_integer_op_its_activation_bits(
     assert op.values[0] == op.inputs[0]
 
 
-# ---- where an op quantises
+# ---- where an op quantises, or casts
+
+
+@given(op=ops())
+@settings(max_examples=60, deadline=None)
+def test_a_short_float_casts_what_an_integer_op_of_float_inputs_quantises(op: OpSpec) -> None:
+    floats = tuple(replace(t, format=Format(signed=t.format.signed)) for t in op.inputs)
+    integer = replace(op, inputs=floats, precision=Precision("w8a8"))
+    for name in ("fp16", "bf16", "fp8"):
+        assert replace(op, inputs=floats, precision=Precision(name)).casts == set(
+            integer.quantisers
+        )
+        inputs = tuple(replace(t, format=Format(name, t.format.signed)) for t in op.inputs)
+        inside = replace(op, inputs=inputs, precision=Precision(name)).casts
+        assert inside == {i for i in integer.quantisers if i >= len(inputs)}
+    for name in ("fp32", "tf32", "w4a8", "pact-w2a2"):
+        assert not replace(op, precision=Precision(name)).casts
 
 
 def test_a_float_op_quantises_nothing_whatever_its_input() -> None:

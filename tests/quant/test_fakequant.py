@@ -1,4 +1,4 @@
-"""Fake quantisation against Brevitas's stand-alone layers, to the last bit."""
+"""Fake quantisation: against Brevitas's layers, to the last bit, and the papers' formulas."""
 
 import itertools
 
@@ -7,13 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from quant import layers
 from quant.fakequant import (
     LEAST_SCALE,
+    cast,
+    dorefa_weight,
     fake_quantise_activation,
     fake_quantise_weight,
     first_limit,
+    round_weight,
 )
 from quant.precision import ONNXRUNTIME, TENSORRT, Grid, Precision
 
@@ -247,3 +251,202 @@ def test_the_first_limit_of_zeros_is_positive_and_rounds_zeros_to_zeros() -> Non
     limit = first_limit(zeros, grid)
     assert float(limit) >= LEAST_SCALE * 0.999
     assert torch.equal(fake_quantise_activation(zeros, limit, grid), zeros)
+
+
+@pytest.mark.parametrize("pact", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+def test_a_folded_relu_is_a_relu_and_then_the_quantiser(bits: int, pact: bool) -> None:
+    grid = ONNXRUNTIME.grid(bits, signed=False)
+    start, upstream = _random(3, 4, 6, 6) * 2, _random(3, 4, 6, 6, seed=1)
+    results = []
+    for fold in (False, True):
+        value, limit = start.clone().requires_grad_(), torch.tensor(1.3, requires_grad=True)
+        given = value if fold else functional.relu(value)
+        rounded = fake_quantise_activation(given, limit, grid, pact=pact, relu=fold)
+        rounded.backward(upstream)
+        results.append((rounded.detach(), value.grad, limit.grad))
+    for plain, folded in zip(*results, strict=True):
+        assert plain is not None
+        assert torch.equal(plain, folded)
+
+
+@pytest.mark.parametrize("pact", [False, True])
+def test_how_values_lie_in_memory_changes_nothing_but_the_order_of_a_sum(pact: bool) -> None:
+    grid, start, upstream = Grid(-8, 7, 8), _random(4, 6, 5, 7), _random(4, 6, 5, 7, seed=1)
+    results = []
+    for layout in (
+        lambda x: x,
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: x.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0),  # neither
+        lambda x: torch.cat([x, x], 1)[:, 6:],  # a part of something larger
+    ):
+        value, limit = layout(start).detach().requires_grad_(), torch.tensor(1.1).requires_grad_()
+        rounded = fake_quantise_activation(value, limit, grid, pact=pact)
+        rounded.backward(upstream)
+        results.append((rounded.detach(), value.grad, limit.grad))
+    for rounded, passed, for_limit in results[1:]:
+        assert torch.equal(rounded, results[0][0])
+        assert torch.equal(passed, results[0][1])
+        torch.testing.assert_close(for_limit, results[0][2], rtol=1e-5, atol=1e-6)
+
+
+# ---- PACT
+
+
+@pytest.mark.parametrize(("bits", "signed"), GRIDS)
+def test_pact_rounds_as_lsq_and_learns_as_its_paper(bits: int, signed: bool) -> None:
+    """Autograd of the clip itself, min(max(x, -alpha * low / top), alpha * high / top): Choi et al.
+    2018, equations 1 to 3, with the rounding passed straight through.
+    """
+    for runtime in (ONNXRUNTIME, TENSORRT):
+        grid = runtime.grid(bits, signed=signed)
+        start, upstream = _random(3, 4, 5, 5) * 2, _random(3, 4, 5, 5, seed=1)
+        value, alpha = start.clone().requires_grad_(), torch.tensor(1.3, requires_grad=True)
+        rounded = fake_quantise_activation(value, alpha, grid, pact=True)
+        assert torch.equal(rounded, fake_quantise_activation(start, alpha, grid))
+        rounded.backward(upstream)
+        plain, edge = start.clone().requires_grad_(), torch.tensor(1.3, requires_grad=True)
+        low, high = edge * (grid.low / grid.top), edge * (grid.high / grid.top)
+        torch.minimum(torch.maximum(plain, low), high).backward(upstream)
+        assert torch.equal(value.grad, plain.grad)
+        assert value.grad.count_nonzero() < value.numel()
+        torch.testing.assert_close(alpha.grad, edge.grad, rtol=1e-5, atol=1e-6)
+        assert alpha.grad != 0
+
+
+def test_pacts_alpha_has_gradient_one_from_alpha_on_and_none_below() -> None:
+    grid = ONNXRUNTIME.grid(4, signed=False)
+    for start in np.random.default_rng(0).uniform(0.01, 50, 200):
+        alpha = torch.tensor(float(start), dtype=torch.float32, requires_grad=True)
+        for times, expected in (
+            (1.0, 1.0),
+            (1 + 1e-6, 1.0),
+            (3.0, 1.0),
+            (1 - 1e-6, 0.0),
+            (-2.0, 0),
+        ):
+            alpha.grad = None
+            value = (alpha.detach() * times).requires_grad_()
+            fake_quantise_activation(value, alpha, grid, pact=True).backward()
+            assert (float(alpha.grad), float(value.grad)) == (expected, float(0.5 < times < 1))
+
+
+# ---- DoReFa
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_dorefa_weights_are_the_papers_formula_on_all_of_its_levels(bits: int) -> None:
+    """Zhou et al. 2016: w_q = 2 quantise_k(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1, in double."""
+    weight = torch.linspace(-2.5, 2.5, 40_001)
+    levels = 2**bits - 1
+    if bits == 1:
+        expected = np.where(weight >= 0, 1, -1) * weight.abs().double().mean().item()
+    else:
+        squashed = np.tanh(weight.double().numpy())
+        share = squashed / (2 * np.abs(squashed).max()) + 0.5
+        expected = 2 * np.rint(share * levels) / levels - 1
+    found = dorefa_weight(weight, bits)
+    assert len(found.unique()) == 2**bits
+    differing = np.abs(found.numpy() - expected) > 1e-5
+    assert differing.mean() < 1e-4  # a share that lies on half a step in fp32 alone
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_dorefas_gradient_is_that_of_its_formula_without_the_rounding(bits: int) -> None:
+    """Finite differences in double of tanh(w) / max|tanh(w)|, the maximum included."""
+    weight, upstream = _random(4, 3, 2, 2), _random(4, 3, 2, 2, seed=1)
+    ours = weight.clone().requires_grad_()
+    dorefa_weight(ours, bits).backward(upstream)
+
+    def smooth(values: np.ndarray) -> float:
+        squashed = np.tanh(values)
+        return float((squashed / np.abs(squashed).max() * upstream.numpy()).sum())
+
+    point, step = weight.double().numpy(), 1e-6
+    for place in np.ndindex(point.shape):
+        moved = np.zeros_like(point)
+        moved[place] = step
+        slope = (smooth(point + moved) - smooth(point - moved)) / (2 * step)
+        assert float(ours.grad[place]) == pytest.approx(slope, rel=1e-3, abs=1e-4)
+
+
+def test_one_bit_dorefa_passes_its_gradient_straight_and_has_no_zero() -> None:
+    weight, upstream = _random(4, 3, 2, 2), _random(4, 3, 2, 2, seed=1)
+    weight[0] = 0
+    ours = weight.clone().requires_grad_()
+    rounded = dorefa_weight(ours, 1)
+    rounded.backward(upstream)
+    assert torch.equal(ours.grad, upstream)
+    assert torch.all(rounded.abs() == weight.abs().mean())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_dorefa_weights_of_zeros_are_finite(bits: int) -> None:
+    weight = torch.zeros(3, 2, 1, 1, requires_grad=True)
+    rounded = dorefa_weight(weight, bits)
+    rounded.sum().backward()
+    assert torch.isfinite(rounded).all()
+    assert torch.isfinite(weight.grad).all()
+
+
+# ---- floats
+
+
+def _nearest(values: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """The nearest number of a sorted table, for values that lie half-way between none."""
+    place = np.clip(np.searchsorted(table, values), 1, len(table) - 1)
+    below, above = table[place - 1], table[place]
+    return np.where(values - below < above - values, below, above)
+
+
+@pytest.mark.parametrize(("name", "exponent", "mantissa"), [("fp16", 5, 10), ("bf16", 8, 7)])
+def test_a_cast_float_has_the_types_significant_bits(
+    name: str, exponent: int, mantissa: int
+) -> None:
+    value = _random(10_000) * 3
+    fraction, power = np.frexp(value.double().numpy())
+    expected = np.ldexp(np.rint(np.ldexp(fraction, mantissa + 1)), power - mantissa - 1)
+    np.testing.assert_allclose(
+        cast(value, Precision(name)).numpy(), expected, rtol=0, atol=2.0 ** -(2 ** (exponent - 1))
+    )
+
+
+def test_fp8_is_the_nearest_e4m3_number_under_one_scale_for_the_tensor() -> None:
+    positive = [m / 8 * 2.0**-6 for m in range(8)]
+    positive += [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)]
+    positive.remove(480.0)  # the code of NaN
+    table = np.unique([*positive, *(-x for x in positive)])
+    assert table[-1] == 448
+    for factor in (1e-6, 1.0, 1e4):
+        value = _random(5_000) * factor
+        scale = float(value.abs().max()) / 448
+        expected = _nearest(value.double().numpy() / scale, table) * scale
+        found = cast(value, Precision("fp8")).double().numpy()
+        assert (np.abs(found - expected) > 1e-6 * np.abs(expected)).mean() < 1e-3  # ties in fp32
+        assert len(np.unique(found)) > 100
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16", "fp8"])
+def test_a_cast_passes_its_gradient_straight_and_leaves_what_it_made(name: str) -> None:
+    precision = Precision(name)
+    value, upstream = _random(4, 3, 5, 5).requires_grad_(), _random(4, 3, 5, 5, seed=1) * 1e-9
+    rounded = cast(value, precision)
+    rounded.backward(upstream)
+    assert torch.equal(value.grad, upstream)  # 1e-9 would be 0 in fp16
+    assert not torch.equal(rounded, value)
+    torch.testing.assert_close(cast(rounded, precision), rounded, rtol=3e-7, atol=0)
+    assert torch.equal(cast(torch.zeros(3), precision), torch.zeros(3))
+
+
+def test_the_scheme_follows_from_the_precision() -> None:
+    weight = _random(4, 3, 3, 3)
+    for name, expected in {
+        "fp32": weight,
+        "tf32": weight,
+        "fp16": weight.half().float(),
+        "bf16": weight.bfloat16().float(),
+        "fp8": cast(weight, Precision("fp8")),
+        "w4a8": fake_quantise_weight(weight, 4),
+        "pact-w4a8": dorefa_weight(weight, 4),
+    }.items():
+        assert torch.equal(round_weight(weight, Precision(name)), expected), name
