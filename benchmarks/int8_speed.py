@@ -4,12 +4,12 @@ Networks of `mobile` at 224 pixels: the smallest, the largest and some random on
 of shared weights, untrained but with norms and ranges from images, and is exported in fp32, in w8a8
 (the stem in fp32, as the space has it; and whole), and with fp32 and w8a8 mixed at random.
 `onnxruntime.quantization.quantize_static` gets the fp32 file: at its best settings (unsigned
-activations, signed weights per channel, the whole range, after its own preparation) and as it comes.
+activations, signed weights per channel, their whole range, after its own preparation) and as it is.
 All files of a network take turns, in an order of each turn's own, in fresh processes; ours does so
 twice, which tells how much two timings of one file differ. Times are told at the core's pace.
 
-Band: in the geometric mean over networks ours takes at most as long as the best of `quantize_static`,
-and no network takes longer, within what a second copy of its own file differs by at most.
+Band: in the geometric mean over networks ours takes at most as long as what `quantize_static` makes
+at its best, and no network takes longer, within the most that a second copy of ours differs by.
 """
 
 import tempfile
