@@ -18,7 +18,7 @@ Reduced: one seed on digits, with tiny budgets.
 
 import os
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +31,9 @@ from hwnas.export.onnx_file import accuracy, write_onnx
 from hwnas.job import Job, Request
 from hwnas.job import measure as measured
 from hwnas.retrain import retrain
+from hwnas.run import open_run
+from hwnas.scoring import evaluator, train
 from hwnas.spaces.mobile import Stage, mobile
-from hwnas.supernet.evaluator import Evaluator
-from hwnas.supernet.network import Supernet
-from hwnas.supernet.trainer import train_supernet
 from profilers.build import quiet
 from quant.errors import InvalidInput
 
@@ -138,18 +137,9 @@ class Side:
 
 def of_seed(job, sides, limits, seed, folder):
     """The finalist of each search under each limit, retrained, exported and measured."""
-    torch.manual_seed(seed)
-    supernet = Supernet(job.space, job.profiler.runtime)
-    train_supernet(
-        supernet, job.splits, job.method.sampler(job.space), job.recipe.supernet,
-        seed=seed, checkpoint=folder / f"{seed}.pt", progress=quiet,
-    )  # fmt: skip
-    score = Evaluator(
-        supernet,
-        job.splits,
-        recalibration_images=job.recipe.recalibration_images,
-        validation_images=job.recipe.validation_images,
-    )
+    asked = replace(job.request, seed=seed, run=folder / str(seed))
+    mine = Job(asked)
+    score = evaluator(mine, train(mine, open_run(mine)))
     found = {
         (mode, limit): searched(job, side, limit, score, seed)
         for limit in limits
@@ -157,7 +147,7 @@ def of_seed(job, sides, limits, seed, folder):
     }
     shipped = {}
     for number, architecture in enumerate(dict.fromkeys(found.values())):
-        network = supernet.extract(architecture, score.statistics(architecture))
+        network = score.supernet.extract(architecture, score.statistics(architecture))
         retrain(network, job.splits, job.recipe.retrain, seed=seed, progress=quiet)
         path = folder / f"{seed}-{number}.onnx"
         model = write_onnx(network, job.profiler, path)

@@ -41,7 +41,7 @@ from hwnas.costs.limits import Limit, counted_cost
 from hwnas.costs.population import genes_of
 from hwnas.costs.samplers import UniformSampler
 from hwnas.data import load
-from hwnas.recipes import TrainingRecipe
+from hwnas.recipes import RECIPES
 from hwnas.retrain import retrain
 from hwnas.search.evolution import Evolution
 from hwnas.search.random import RandomSearch
@@ -76,10 +76,11 @@ PAIRS = ((1, 2), (2, 2), (1, 4), (2, 4), (3, 4), (4, 4))
 """Bits of weights and activations, as SPOS searched them."""
 UNIFORM = (2, 2)
 
-SHARED = TrainingRecipe(steps=1500, batch=128, learning_rate=0.02)
-ALONE = TrainingRecipe(steps=150, batch=128, learning_rate=0.003)
-SHORT = TrainingRecipe(steps=40, batch=128, learning_rate=0.01)
-RETRAINED = TrainingRecipe(steps=300, batch=128, learning_rate=0.003)
+QUICK = RECIPES["quick"]
+SHARED = QUICK.supernet.model_copy(update={"steps": 1500, "batch": 128})
+SHORT = SHARED.model_copy(update={"steps": 40})
+ALONE = QUICK.retrain.model_copy(update={"steps": 150, "batch": 128})
+RETRAINED = QUICK.retrain.model_copy(update={"steps": 300, "batch": 128})
 SIZE, RECALIBRATED = 8, 900
 FP32 = Precision("fp32")
 
@@ -368,8 +369,7 @@ def low_bits(pairs, prefix, shorter):
     """The best network found within the BitOPs of uniform 2W2A, and that one; both retrained."""
     names = tuple(f"{prefix}w{weights}a{activations}" for weights, activations in pairs)
     space = bits_space(names)
-    sampler = UniformSampler(space, held={"precision": -1}, held_for=0.4)
-    supernet = train(fresh(space, 0), shortened(SHARED, shorter), 0, sampler)
+    supernet = train(fresh(space, 0), shortened(SHARED, shorter), 0)
     uniform = space.architecture([pairs.index(UNIFORM)] * len(space.genes))
     cost = counted_cost(space, "bitops")
     budget = float(cost.totals(space, genes_of([uniform]))[0])
