@@ -36,7 +36,7 @@ bench: $(STAMP) ## run every benchmark at full size and write its result
 bench-check: $(STAMP) ## re-run every committed benchmark at reduced size against its stated band
 	$(BIN)/python -m benchmarks check
 
-claims: $(STAMP) ## check the published systems' claims (none is committed yet)
+claims: $(STAMP) ## check the published systems' claims and write the results
 	$(BIN)/python -m benchmarks claims
 
 profile: $(STAMP) ## measure a latency table: make profile DEVICE=cpu|gpu

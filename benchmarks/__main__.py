@@ -1,7 +1,9 @@
 """`python -m benchmarks run [NAME]` writes results; `check` re-runs them at reduced size.
 
+`claims` writes the results of the checks of published claims, named `claims.spos` and the like.
 Each benchmark is a module with `measure(reduced) -> {"figures": ..., "raw": ...}` and
-`band(figures) -> list of complaints`, the same for both sizes. Results are written here only.
+`band(figures) -> list of complaints`, the same for both sizes; "pictures" maps the names of files
+beside the result to their texts. Results are written here only.
 """
 
 import importlib
@@ -17,7 +19,8 @@ from pathlib import Path
 from profilers.devices import open_profiler
 
 RESULTS = Path(__file__).parent / "results"
-BENCHMARKS = ("limits", "search_speed", "tables")
+BENCHMARKS = ("int8_speed", "limits", "search_speed", "tables", "fronts")
+CLAIMS = ("claims.spos",)
 VERSIONS = ("hwnas", "torch", "onnx", "onnxruntime", "brevitas", "numpy")
 
 
@@ -31,6 +34,7 @@ def run(names: list[str]) -> int:
         )
         start = time.monotonic()
         measured = module.measure(reduced=False)
+        pictures = measured.pop("pictures", {})
         result = {
             "command": f"python -m benchmarks run {name}",
             "commit": commit.stdout.strip(),
@@ -40,8 +44,11 @@ def run(names: list[str]) -> int:
             "seconds": round(time.monotonic() - start, 1),
             **measured,
         }
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        path = RESULTS / f"{name.replace('.', '/')}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        for file, text in pictures.items():
+            (path.parent / file).write_text(text)
         failed += told(name, measured, module)
     return 1 if failed else 0
 
@@ -64,12 +71,6 @@ def told(name, measured, module):
     return len(complaints)
 
 
-def claims() -> int:
-    """Check the published systems' claims."""
-    print("No claim check is committed yet.")
-    return 0
-
-
 if __name__ == "__main__":
     command, *rest = sys.argv[1:] or [""]
     match command:
@@ -78,6 +79,6 @@ if __name__ == "__main__":
         case "check":
             sys.exit(check())
         case "claims":
-            sys.exit(claims())
+            sys.exit(run(list(CLAIMS)))
         case _:
             sys.exit(__doc__)
