@@ -38,6 +38,7 @@ EVERYTHING: dict[str, Any] = {
     "device": "simulated",
     "threads": 2,
     "batch": 8,
+    "portable": True,
     "method": "spos",
     "recipe": {"name": "standard", "supernet": {"steps": 20000, "flip": True}},
     "seed": 7,
