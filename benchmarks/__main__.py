@@ -17,7 +17,7 @@ from pathlib import Path
 from profilers.devices import open_profiler
 
 RESULTS = Path(__file__).parent / "results"
-BENCHMARKS = ("limits", "search_speed", "tables")
+BENCHMARKS = ("limits", "search_speed", "tables", "train_step")
 VERSIONS = ("hwnas", "torch", "onnx", "onnxruntime", "brevitas", "numpy")
 
 
