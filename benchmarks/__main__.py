@@ -19,7 +19,7 @@ from pathlib import Path
 from profilers.devices import open_profiler
 
 RESULTS = Path(__file__).parent / "results"
-BENCHMARKS = ("int8_speed", "limits", "search_speed", "tables", "fronts")
+BENCHMARKS = ("int8_speed", "limits", "search_speed", "tables", "train_step", "fronts")
 CLAIMS = ("claims.spos",)
 VERSIONS = ("hwnas", "torch", "onnx", "onnxruntime", "brevitas", "numpy")
 

@@ -27,6 +27,8 @@ from hwnas.training import (
     train_steps,
 )
 from quant.errors import InvalidInput
+from quant.fakequant import LearnedRange
+from quant.precision import Grid
 
 TRAINING = TrainingRecipe(steps=8, batch=4, learning_rate=0.01, weight_decay=0.5)
 
@@ -68,6 +70,23 @@ def test_decay_shrinks_weights_alone() -> None:
         shrunk = name in ("conv.weight", "linear.weight")
         factor = 1 - rate * 0.5 if shrunk else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * factor, rtol=1e-6, atol=0)
+
+
+def test_pacts_clipping_values_have_a_decay_of_their_own() -> None:
+    grid = Grid(0, 15, 15)
+    module = nn.ModuleList(
+        [nn.Linear(2, 2), LearnedRange(grid, pact=True, start=2.0), LearnedRange(grid, start=2.0)]
+    )
+    recipe = TRAINING.model_copy(update={"clipping_decay": 0.25})
+    optimiser = optimiser_of(module, recipe)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    assert float(module[1].limit) == pytest.approx(2 * (1 - 0.01 * 0.25))
+    assert float(module[2].limit) == 2.0
+    held = [id(p) for group in optimiser.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in module.parameters())
+    assert len(optimiser_of(Mixed(), recipe).param_groups) == 2
 
 
 def test_the_rate_falls_on_a_line_from_the_full_rate_to_one_step_above_zero() -> None:

@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from quant.fakequant import fake_quantise_weight
+from quant.errors import InvalidInput
+from quant.fakequant import dorefa_weight, fake_quantise_weight
 from quant.integer import (
     Floats,
     IntegerWeights,
     Norm,
     bias_codes,
+    fold_dorefa,
     fold_float,
     fold_integer,
     packed,
@@ -324,3 +326,51 @@ def test_the_grid_of_a_bias_is_finer_by_the_stretch() -> None:
             codes, kept = bias_codes(each, 0.02)
             errors.append(np.abs(codes * (0.02 * kept.kernel_scale) - weights.bias).mean())
         assert errors[0] / errors[1] == pytest.approx(stretch, rel=0.2)
+
+
+# ---- DoReFa
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (6, 20)])
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_dorefa_codes_are_odd_half_steps_and_times_their_scale_the_trained_weight(
+    bits: int, shape: tuple[int, ...]
+) -> None:
+    weight = _floats(np.random.default_rng(bits), *shape)
+    trained = dorefa_weight(torch.from_numpy(weight), bits).numpy()
+    folded = fold_dorefa(trained, bits, None, None, name="conv")
+    assert np.all(folded.codes % 2 == 1)
+    assert np.abs(folded.codes).max() == 2**bits - 1
+    assert len(set(folded.scale.tolist())) == 1
+    np.testing.assert_array_equal(folded.codes * folded.scale[0], trained)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 7])
+def test_folding_a_norm_into_dorefa_weights_flips_signs_and_changes_no_code(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    weight, norm = _floats(rng, 6, 4, 3, 3), _norm(rng, 6)
+    norm.gamma[1] = -0.7
+    trained = dorefa_weight(torch.from_numpy(weight), bits).numpy()
+    plain = fold_dorefa(trained, bits, None, None, name="conv")
+    folded = fold_dorefa(trained, bits, None, norm, name="conv")
+    signs = np.sign(norm.factor).reshape(-1, 1, 1, 1)
+    assert {-1, 0} <= set(signs.ravel().tolist())
+    np.testing.assert_array_equal(folded.codes, plain.codes * signs)
+    value = _floats(rng, 2, 4, 7, 7).astype(float)
+    scale = folded.scale.astype(float).reshape(-1, 1, 1, 1)
+    found = _reference(value, folded.codes * scale, folded.bias, None)
+    expected = _reference(value, trained.astype(float), None, norm)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_eight_bit_dorefa_weights_are_refused_with_the_layers_name() -> None:
+    trained = dorefa_weight(torch.randn(3, 4), 8).numpy()
+    with pytest.raises(InvalidInput, match=r"project.*255"):
+        fold_dorefa(trained, 8, None, None, name="project")
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_dorefa_weights_of_zeros_fold(bits: int) -> None:
+    trained = dorefa_weight(torch.zeros(3, 4), bits).numpy()
+    folded = fold_dorefa(trained, bits, None, None, name="conv")
+    np.testing.assert_array_equal(folded.codes * folded.scale[0], trained)

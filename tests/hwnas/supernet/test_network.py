@@ -16,6 +16,7 @@ from hwnas.spaces.mobile import Stage, mobile
 from hwnas.spaces.registry import load_space
 from hwnas.supernet.network import Supernet
 from latency_tables.ops import Tensor as SpecTensor
+from quant.fakequant import round_weight
 from quant.precision import ONNXRUNTIME, TENSORRT, Precision, Runtime
 
 
@@ -148,6 +149,90 @@ def test_an_extracted_network_equals_the_supernet_on_other_grids_too(
         assert torch.equal(shared, alone), trained.space.describe(architecture)
         differing += not torch.equal(shared, usual)
     assert differing >= 3
+
+
+MIXED = (
+    "fp32", "fp16", "bf16", "fp8", "w8a8", "w4a8", "w4a4", "w2a4",
+    "pact-w1a2", "pact-w2a2", "pact-w4a4",
+)  # fmt: skip
+INTEGER = ("fp32", *(name for name in MIXED if Precision(name).is_integer))
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Supernet:
+    supernet = supernet_of(rich_space(MIXED))
+    train_a_little(supernet, 24)
+    return supernet
+
+
+def test_an_extracted_network_of_many_precisions_is_the_same_to_the_last_bit(
+    mixed: Supernet,
+) -> None:
+    space, seen = mixed.space, set()
+    for number, architecture in enumerate(choices(space, 40)):
+        names = {op.precision.name for op in space.lower(architecture)}
+        seen |= names
+        statistics = mixed.recalibrate(architecture, [images(16, 1), images(16, 2)])
+        network = mixed.extract(architecture, statistics)
+        with torch.no_grad():
+            batch = images(8, 100 + number)
+            shared, alone = mixed(batch, architecture, statistics), network(batch)
+        assert (shared - alone).abs().max().item() == 0.0, space.describe(architecture)
+        assert shared.isfinite().all()
+    assert seen == set(MIXED)
+
+
+def test_pacts_ranges_are_apart_from_lsqs_of_the_same_bits(mixed: Supernet) -> None:
+    names = [name for name in mixed.ranges if "4 bits" in name]
+    pact = {name for name in names if name.endswith(" pact")}
+    assert pact
+    assert {f"{name} pact" for name in names if name not in pact} == pact
+    assert all(mixed.ranges[name].pact == (name in pact) for name in names)
+
+
+def test_a_folded_network_has_the_codes_of_the_extracted_one(mixed: Supernet) -> None:
+    """No weight's code changes but for a sign that the norm flips. Op by op, on equal inputs, what
+    an op hands on differs by one step at most, where its value lies on a tie in fp32.
+    """
+    space = mixed.space
+    values = changed = schemes = 0
+    for number, architecture in enumerate(choices(space, 110, seed=5)):
+        ops = space.lower(architecture)
+        if not {op.precision.name for op in ops} <= set(INTEGER):
+            continue
+        statistics = mixed.recalibrate(architecture, [images(16, 1), images(16, 2)])
+        network = mixed.extract(architecture, statistics)
+        value = images(32, 300 + number)
+        for module, folded in zip(network.op_modules, network.folded(), strict=True):
+            op = module.op
+            for index, layer in module.weighted_layers.items():
+                if not op.precision.is_integer:
+                    continue
+                held = round_weight(layer.weight.detach(), op.precision)
+                weights = folded.parameters_in_graph.weights[index]
+                norm = module.norms[str(index)].weight if op.layers[index].norm else None
+                sign = 1 if norm is None else norm.detach().sign().view(-1, 1, 1, 1)
+                step = held.abs().flatten(1).amax(1).double()
+                step /= np.abs(weights.codes).reshape(len(step), -1).max(1)
+                codes = held / step.view(-1, *[1] * (held.ndim - 1))
+                np.testing.assert_array_equal((codes.round() * sign).numpy(), weights.codes)
+                schemes += 1
+            with torch.no_grad():
+                alone, whole = module(value), folded(value)
+            last = len(op.values) - 1
+            if quantiser := op.quantisers.get(last):
+                grid = ONNXRUNTIME.grid(quantiser.bits, signed=quantiser.signed)
+                step = module.activation_quantisers[last].limit / grid.top
+                steps = (alone - whole).abs() / step
+                assert steps.max() < 1.01
+                values += steps.numel()
+                changed += int((steps > 0.5).sum())
+            else:
+                torch.testing.assert_close(alone, whole, rtol=1e-3, atol=1e-3)
+            value = alone
+    assert schemes > 50
+    assert values > 500_000
+    assert changed <= 1e-5 * values
 
 
 def test_a_range_learned_below_zero_is_extracted_the_same() -> None:
