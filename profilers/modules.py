@@ -52,6 +52,13 @@ def run_op(
                 value = ACTIVATIONS[layer.function](sources[0])
             case "pool":
                 value = sources[0].mean((2, 3), keepdim=True)
+            case "max_pool":
+                padding = layer.kernel // 2
+                value = functional.max_pool2d(sources[0], layer.kernel, layer.stride, padding)
+            case "half":
+                value = sources[0][:, layer.start :: 2]
+            case "concat":
+                value = torch.cat(sources, 1)
             case "add":
                 value = sources[0] + sources[1]
             case "mul":
@@ -81,14 +88,14 @@ class OpModule(nn.Module):
                     kernel=layer.kernel,
                     stride=layer.stride,
                     groups=layer.groups,
-                    bias=not layer.norm,
+                    bias=layer.has_bias,
                     precision=op.precision,
                 )
                 if layer.norm:
                     self.norms[str(index)] = nn.BatchNorm2d(layer.channels, eps=NORM_EPSILON)
             elif layer.kind == "linear":
                 self.weighted[str(index)] = layers.linear(
-                    source.elements, layer.channels, precision=op.precision
+                    source.elements, layer.channels, bias=layer.has_bias, precision=op.precision
                 )
         for index, quantiser in op.quantisers.items():
             grid = runtime.grid(quantiser.bits, signed=quantiser.signed)

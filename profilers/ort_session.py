@@ -20,7 +20,7 @@ from profilers.measure import Protocol, Samples, time_block
 
 WATCHED = (
     "Conv", "Gemm", "QLinearConv", "QGemm", "QLinearAdd", "QLinearMul", "QLinearSigmoid",
-    "QLinearGlobalAveragePool", "QuantizeLinear", "DequantizeLinear",
+    "QLinearGlobalAveragePool", "QLinearConcat", "QuantizeLinear", "DequantizeLinear",
 )  # fmt: skip
 """Operators whose count in the optimised graph must be what the ops declare."""
 

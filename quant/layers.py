@@ -47,14 +47,16 @@ def conv(
     return layer
 
 
-def linear(features_in: int, features: int, *, precision: Precision) -> nn.Linear:
-    """A linear layer with a bias; integer precisions quantise its weight per output."""
+def linear(
+    features_in: int, features: int, *, bias: bool = True, precision: Precision
+) -> nn.Linear:
+    """A linear layer; integer precisions quantise its weight per output."""
     if not precision.is_integer:
-        return nn.Linear(features_in, features)
+        return nn.Linear(features_in, features, bias=bias)
     layer: nn.Linear = QuantLinear(
         features_in,
         features,
-        bias=True,
+        bias=bias,
         weight_quant=Int8WeightPerChannelFloat,
         weight_bit_width=precision.weight_bits,
     )
