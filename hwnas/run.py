@@ -34,6 +34,7 @@ from hwnas.report.page import limit_text, measured_rows, number
 from hwnas.retrain import accuracy as torch_accuracy
 from hwnas.scoring import train
 from hwnas.ship import (
+    bitops,
     export,
     is_shipped,
     is_stable,
@@ -94,6 +95,7 @@ def search_to_certificate(job: Job, run: Run, limits: Sequence[Limit]) -> dict[s
         "method": {"name": job.method.name, "evidence": job.method.evidence},
         "model": str(result / "model.onnx"),
         "size_bytes": content["counts"]["size_bytes"],
+        **bitops(job.space, job.space.parse(content["architecture"])),
         "certificate": str(file),
         "report": str(run.report),
     }
