@@ -22,9 +22,18 @@ _ELSEWHERE = "Another machine"
 Space = Annotated[
     str | None,
     typer.Option(
-        help="mobile-tiny, mobile (224 px), or path.py:function. (default: mobile-tiny)",
+        help="mobile-tiny, shufflenet-tiny, resnet-tiny (32 px), mobile, shufflenet, resnet18, "
+        "resnet34 (224 px), or path.py:function. (default: mobile-tiny)",
         rich_help_panel=_WHAT,
-        autocompletion=_names("mobile-tiny", "mobile"),
+        autocompletion=_names(
+            "mobile-tiny",
+            "mobile",
+            "shufflenet-tiny",
+            "shufflenet",
+            "resnet-tiny",
+            "resnet18",
+            "resnet34",
+        ),
     ),
 ]
 Data = Annotated[

@@ -45,6 +45,7 @@ from hwnas.report.page import limit_text, measured_rows, number
 from hwnas.retrain import accuracy as torch_accuracy
 from hwnas.scoring import train
 from hwnas.ship import (
+    bitops,
     export,
     is_shipped,
     is_stable,
@@ -113,6 +114,7 @@ def search_to_certificate(job: Job, run: Run, limits: Sequence[Limit]) -> dict[s
             job.latency,
             job.profiler.runtime,
         ),
+        **bitops(job.space, job.space.parse(content["architecture"])),
         "certificate": str(file),
         "report": str(run.report),
     }

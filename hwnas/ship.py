@@ -21,7 +21,7 @@ from hwnas.loop import Finalist, limits_name, read_finalists, result_name, value
 from hwnas.retrain import accuracy as torch_accuracy
 from hwnas.retrain import in_float, load_weights, retrain, save_weights, teacher_of
 from hwnas.scoring import evaluator, train
-from hwnas.spaces.base import Architecture
+from hwnas.spaces.base import Architecture, SearchSpace
 from hwnas.store import Run
 from hwnas.supernet.evaluator import Evaluator
 from hwnas.training import Teacher
@@ -202,6 +202,14 @@ def remeasure(job: Job, result: Path) -> dict[str, Any]:
     }
 
 
+def bitops(space: SearchSpace, architecture: Architecture) -> dict[str, int]:
+    """BitOPs of all layers, and of those whose precision is searched."""
+    return {
+        "bitops": int(total("bitops", space.lower(architecture))),
+        "bitops_searched": int(total("bitops", space.searched(architecture))),
+    }
+
+
 def is_stable(certificate: Mapping[str, Any]) -> bool:
     """Whether every measurement of a certificate was quiet enough to trust."""
     measured = [certificate["measured"], *certificate.get("measured_under", {}).values()]
@@ -277,7 +285,8 @@ def _certificate(
     test: float,
 ) -> dict[str, Any]:
     result = run.result(result_name(job, limits))
-    ops = job.space.lower(Architecture(finalist.genes))
+    architecture = Architecture(finalist.genes)
+    ops = job.space.lower(architecture)
     return {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "limits": values_of(limits),
@@ -296,11 +305,11 @@ def _certificate(
             "test": test,
         },
         "agreement": asdict(shipped.agreement),
-        "architecture": job.space.describe(Architecture(finalist.genes)),
+        "architecture": job.space.describe(architecture),
         "counts": {
             "params": total("params", ops),
             "macs": total("macs", ops),
-            "bitops": total("bitops", ops),
+            **bitops(job.space, architecture),
             "peak_activation_bytes": peak_activation_bytes(ops),
             "size_bytes": (result / "model.onnx").stat().st_size,
         },

@@ -21,6 +21,12 @@ ACTIVATIONS = (*RANGES, "hard_swish")
 FUSED_ACTIVATIONS = ("relu",)
 """Activations that a quantiser swallows: the value before them needs no quantiser of its own."""
 
+MOVES = ("half", "max_pool")
+"""Layers that hand on some of their input's values as they are: codes stay on their grid."""
+
+_ARITY = {"add": 2, "mul": 2, "concat": 2}
+_PARITY = {"even": 0, "odd": 1}
+
 NORM_EPSILON = 1e-5
 """The epsilon of every batch norm, in training and in the folded graph alike."""
 
@@ -58,11 +64,14 @@ class Layer:
 
     | kind | uses |
     |---|---|
-    | conv | channels, kernel, stride, groups, norm (batch norm, else a bias) |
-    | linear | channels; the input is flattened |
+    | conv | channels, kernel, stride, groups, norm (batch norm, else a bias), bias |
+    | linear | channels, bias; the input is flattened |
     | activation | function, one of `ACTIVATIONS` |
     | pool | the global average, to 1 x 1 |
+    | max_pool | kernel, stride; padded by kernel // 2 with what is below every value |
+    | half | function: the even or the odd channels (Ma et al. 2018, figure 3: shuffle and split) |
     | add, mul | two inputs; mul broadcasts a 1 x 1 gate |
+    | concat | two inputs, the channels of the first before those of the second |
     """
 
     kind: str
@@ -74,11 +83,22 @@ class Layer:
     groups: int = 1
     norm: bool = False
     function: str = ""
+    bias: bool = True
+
+    @property
+    def start(self) -> int:
+        """The first channel that a half takes."""
+        return _PARITY[self.function]
 
     @property
     def has_weights(self) -> bool:
         """Whether the layer holds a weight."""
         return self.kind in ("conv", "linear")
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the layer adds a bias that is not its norm's."""
+        return self.has_weights and self.bias and not self.norm
 
     def weight_shape(self, channels_in: int) -> tuple[int, ...]:
         """Shape of the weight: (out, in / groups, kernel, kernel), or (out, in) for linear."""
@@ -88,14 +108,19 @@ class Layer:
 
     def __str__(self) -> str:
         inputs = ",".join(map(str, self.inputs))
+        bare = "" if self.bias else " no bias"
         match self.kind:
             case "conv":
                 shape = f" c{self.channels} k{self.kernel} s{self.stride} g{self.groups}"
-                return f"conv({inputs}){shape}{' n' if self.norm else ''}"
+                return f"conv({inputs}){shape}{' n' if self.norm else ''}{bare}"
             case "linear":
-                return f"linear({inputs}) c{self.channels}"
+                return f"linear({inputs}) c{self.channels}{bare}"
             case "activation":
                 return f"{self.function}({inputs})"
+            case "half":
+                return f"{self.function} half({inputs})"
+            case "max_pool":
+                return f"max_pool({inputs}) k{self.kernel} s{self.stride}"
             case _:
                 return f"{self.kind}({inputs})"
 
@@ -134,7 +159,7 @@ class OpSpec:
         if not self.inputs or not self.layers:
             raise ValueError("an op needs at least one input and one layer")
         for position, layer in enumerate(self.layers):
-            if len(layer.inputs) != (2 if layer.kind in ("add", "mul") else 1):
+            if len(layer.inputs) != _ARITY.get(layer.kind, 1):
                 raise ValueError(f"layer {position} ({layer}) reads {len(layer.inputs)} values")
             if any(not 0 <= i < len(self.inputs) + position for i in layer.inputs):
                 raise ValueError(f"layer {position} ({layer}) uses a value that is not there yet")
@@ -154,16 +179,16 @@ class OpSpec:
         for layer in self.layers:
             values.append(_output(layer, [values[i] for i in layer.inputs]))
         quantisers = _quantisers(self, values)
-        formats = [
-            Format(f"a{q.bits}", q.signed)
-            if (q := quantisers.get(index)) and index >= len(self.inputs)
-            else value.format
-            for index, value in enumerate(values)
-        ]
-        if not self.precision.is_integer:
-            formats[len(self.inputs) :] = [
-                Format(self.precision.name, f.signed) for f in formats[len(self.inputs) :]
-            ]
+        formats = [value.format for value in values]
+        for index, layer in enumerate(self.layers, start=len(self.inputs)):
+            signed = formats[index].signed
+            codes = layer.inputs[0] if layer.kind in MOVES else index
+            if not self.precision.is_integer:
+                formats[index] = Format(self.precision.name, signed)
+            elif codes in quantisers:
+                formats[index] = Format(f"a{quantisers[codes].bits}", signed)
+            else:
+                formats[index] = replace(formats[codes], signed=signed)
         return tuple(replace(v, format=f) for v, f in zip(values, formats, strict=True))
 
     @cached_property
@@ -171,7 +196,7 @@ class OpSpec:
         """The values that this op quantises, by value index.
 
         A float op quantises nothing. An integer op quantises each float input, and every layer's
-        output but the one before a fused activation and the logits.
+        output but the one before a fused activation, those of `MOVES`, and the logits.
         """
         return _quantisers(self, self.values)
 
@@ -267,7 +292,7 @@ class OpSpec:
         count = 0
         for index, shape in self.weight_shapes.items():
             layer = self.layers[index]
-            count += math.prod(shape) + layer.channels * (2 if layer.norm else 1)
+            count += math.prod(shape) + layer.channels * (2 if layer.norm else int(layer.has_bias))
         return count
 
     @cached_property
@@ -372,9 +397,9 @@ class OpBuilder:
         """A convolution, padded by kernel // 2, with batch norm or else a bias."""
         return self._append(Layer("conv", (value,), role, channels, kernel, stride, groups, norm))
 
-    def linear(self, value: int, channels: int, *, role: str) -> int:
-        """A fully connected layer with a bias."""
-        return self._append(Layer("linear", (value,), role, channels))
+    def linear(self, value: int, channels: int, *, role: str, bias: bool = True) -> int:
+        """A fully connected layer, with a bias or without."""
+        return self._append(Layer("linear", (value,), role, channels, bias=bias))
 
     def activation(self, value: int, function: str) -> int:
         """An activation, one of `ACTIVATIONS`."""
@@ -387,6 +412,18 @@ class OpBuilder:
     def pool(self, value: int) -> int:
         """The global average pool."""
         return self._append(Layer("pool", (value,)))
+
+    def max_pool(self, value: int, *, kernel: int, stride: int) -> int:
+        """The largest value of each window, padded by kernel // 2."""
+        return self._append(Layer("max_pool", (value,), kernel=kernel, stride=stride))
+
+    def half(self, value: int, parity: str) -> int:
+        """Every other channel: those of `even` or of `odd` numbers, counted from 0."""
+        return self._append(Layer("half", (value,), function=parity))
+
+    def concat(self, left: int, right: int) -> int:
+        """The channels of two values, those of `left` first."""
+        return self._append(Layer("concat", (left, right)))
 
     def add(self, left: int, right: int) -> int:
         """The sum of two values."""
@@ -435,13 +472,24 @@ def _output(layer: Layer, inputs: list[Tensor]) -> Tensor:
     match layer.kind:
         case "conv" | "linear" if min(layer.channels, layer.stride, layer.groups) < 1:
             raise ValueError(f"{layer}: channels, stride and groups are at least 1")
+        case "conv" | "max_pool" if layer.kernel < 1 or layer.kernel % 2 == 0 or layer.stride < 1:
+            raise ValueError(f"{layer} does not fit {first}: odd kernels, strides of at least 1")
         case "conv":
-            if layer.kernel < 1 or layer.kernel % 2 == 0 or first.channels % layer.groups:
-                raise ValueError(f"{layer} does not fit {first}: odd kernels, whole groups")
+            if first.channels % layer.groups:
+                raise ValueError(f"{layer} does not fit {first}: whole groups")
             if layer.channels % layer.groups:
                 raise ValueError(f"{layer}: {layer.groups} groups do not divide its channels")
-            height, width = (-(-side // layer.stride) for side in (first.height, first.width))
+            height, width = _strided(first, layer)
             return Tensor(layer.channels, height, width)
+        case "max_pool":
+            height, width = _strided(first, layer)
+            return Tensor(first.channels, height, width, Format(signed=first.format.signed))
+        case "half":
+            if layer.function not in _PARITY or first.channels % 2:
+                raise ValueError(f"{layer} of {first}: the even or odd half of paired channels")
+            return replace(
+                first, channels=first.channels // 2, format=Format(signed=first.format.signed)
+            )
         case "linear":
             return Tensor(layer.channels, 1, 1)
         case "activation":
@@ -454,6 +502,11 @@ def _output(layer: Layer, inputs: list[Tensor]) -> Tensor:
             if any(replace(t, format=first.format) != first for t in inputs):
                 raise ValueError(f"{layer}: the shapes {', '.join(map(str, inputs))} differ")
             return replace(first, format=Format(signed=signed))
+        case "concat":
+            if any((t.height, t.width) != (first.height, first.width) for t in inputs):
+                raise ValueError(f"{layer}: the sides of {', '.join(map(str, inputs))} differ")
+            channels = sum(tensor.channels for tensor in inputs)
+            return replace(first, channels=channels, format=Format(signed=signed))
         case "mul":
             gate = inputs[1]
             if (gate.channels, gate.height, gate.width) != (first.channels, 1, 1):
@@ -461,6 +514,11 @@ def _output(layer: Layer, inputs: list[Tensor]) -> Tensor:
             return replace(first, format=Format(signed=signed))
         case _:
             raise ValueError(f"{layer.kind!r} is not a layer kind")
+
+
+def _strided(tensor: Tensor, layer: Layer) -> tuple[int, int]:
+    """Height and width after a window that is padded by kernel // 2."""
+    return -(-tensor.height // layer.stride), -(-tensor.width // layer.stride)
 
 
 def _quantisers(op: OpSpec, values: tuple[Tensor, ...] | list[Tensor]) -> dict[int, Quantiser]:
@@ -473,8 +531,9 @@ def _quantisers(op: OpSpec, values: tuple[Tensor, ...] | list[Tensor]) -> dict[i
         if not tensor.format.is_quantised
     }
     swallowed, last = _swallowed(op), len(values) - 1
-    for index in range(len(op.inputs), len(values)):
-        if index not in swallowed and not (index == last and op.logits):
+    for index, layer in enumerate(op.layers, start=len(op.inputs)):
+        kept = layer.kind in MOVES or index in swallowed
+        if not kept and not (index == last and op.logits):
             found[index] = Quantiser(bits, values[index].format.signed)
     return found
 

@@ -18,14 +18,14 @@ same nodes, and the names that tell its place have one length (up to 1000 ops).
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from latency_tables.ops import ACTIVATIONS, Layer, OpSpec, Tensor
+from latency_tables.ops import ACTIVATIONS, MOVES, Layer, OpSpec, Tensor
 from quant.errors import InvalidInput
 from quant.integer import Floats, FloatWeights, IntegerWeights, Weights, bias_codes, packed
 from quant.precision import ONNXRUNTIME, TENSORRT, Format, Grid, Runtime
@@ -42,6 +42,12 @@ from quant.precision import ONNXRUNTIME, TENSORRT, Format, Grid, Runtime
 # own precision passes through a layer that changes the layout and no value: for floats an average
 # over one pixel, for codes a convolution with weights of 1. An op then runs in the same operators
 # after whatever op it comes, which is what makes the costs of ops add up.
+#
+# A fourth: layouts spread through a Concat and a strided Slice, or do not, as the ops around them
+# would have it. So a concat joins its values flattened to channels x pixels, which no change of
+# layout passes, and a half is a Gather: what they read and hand on is laid out channel by channel.
+# And a QuantizeLinear moves back through a float MaxPool, so that also ends in an average over one
+# pixel.
 
 OPSET = 21
 IR_VERSION = 10
@@ -194,6 +200,8 @@ def expected_operators(ops: Sequence[OpSpec]) -> Counter[str]:
                     count["QLinearMul"] += 1
                 case "pool":
                     count["QLinearGlobalAveragePool"] += 1
+                case "concat":
+                    count["QLinearConcat"] += 1
                 case "activation" if layer.function in FLOAT_ISLANDS:
                     count["DequantizeLinear"] += 1
                     count["QuantizeLinear"] += 1
@@ -210,6 +218,13 @@ def _needs_shield(op: OpSpec, index: int) -> bool:
     return len(readers) > 1 or first_is_last or not op.layers[readers[0]].has_weights
 
 
+def _grid_of(op: OpSpec, index: int) -> int:
+    """The value that value `index` has its grid from: what is only moved keeps its grid."""
+    while index >= len(op.inputs) and op.layers[index - len(op.inputs)].kind in MOVES:
+        (index,) = op.layers[index - len(op.inputs)].inputs
+    return index
+
+
 @dataclass(frozen=True)
 class _Codes:
     """A quantised value in the graph: the tensor of codes, with what turns codes into values."""
@@ -218,6 +233,11 @@ class _Codes:
     scale: str
     zero_point: str
     step: float
+
+
+def _named(name: str, value: str | _Codes) -> str | _Codes:
+    """The tensor `name`, which stands for what `value` stands for: floats, or codes of its grid."""
+    return name if isinstance(value, str) else replace(value, name=name)
 
 
 class _Writer:
@@ -275,21 +295,22 @@ class _Writer:
             self.op_input(f"{name}.in{index}", value, op, parameters, index)
             for index, value in enumerate(inputs)
         ]
+        handed_on = _grid_of(op, len(op.values) - 1)
         for index, layer in enumerate(op.layers):
             position = len(op.inputs) + index
             label = f"{name}.{index}.{layer.role or layer.function or layer.kind}"
             sources = [values[i] for i in layer.inputs]
-            output = self.layer(label, layer, sources, parameters.weights.get(index), op)
-            last = index == len(op.layers) - 1
+            output = self.layer(label, op, index, sources, parameters.weights.get(index))
             if position in op.quantisers:
-                codes = name if last else f"{label}.codes"
-                values.append(self.quantise(codes, output, op, parameters, position))
-            elif last:
-                self.nodes[-1].output[:] = [name]
-                values.append(name)
-            else:
-                values.append(output)
-        return values[-1]
+                whose = name if position == handed_on else f"{label}.codes"
+                value = self.as_float(output)
+                output = self.quantise(f"{label}.codes", value, op, parameters, position, whose)
+            if layer.kind == "concat":
+                whole = op.values[position]
+                output = self.reshape(f"{label}.whole", output, (whole.height, whole.width), whole)
+            values.append(output)
+        self.nodes[-1].output[:] = [name]
+        return _named(name, values[-1])
 
     def op_input(
         self, label: str, value: str | _Codes, op: OpSpec, parameters: OpParameters, index: int
@@ -310,11 +331,12 @@ class _Writer:
     def layer(
         self,
         label: str,
-        layer: Layer,
+        op: OpSpec,
+        index: int,
         sources: list[str | _Codes],
         weights: Weights | None,
-        op: OpSpec,
-    ) -> str:
+    ) -> str | _Codes:
+        layer, shapes = op.layers[index], op.layer_inputs(index)
         match layer.kind:
             case "conv":
                 assert weights is not None
@@ -337,6 +359,18 @@ class _Writer:
                 return self.activation(label, layer.function, sources[0], op)
             case "pool":
                 return self.node("GlobalAveragePool", label, [self.as_float(sources[0])])
+            case "max_pool":
+                return self.max_pool(label, layer, sources[0])
+            case "half":
+                taken = np.arange(layer.start, shapes[0].channels, 2, dtype=np.int32)
+                indices = self.constant(f"{label}.channels", taken)
+                return self.move("Gather", label, sources[0], indices, axis=1)
+            case "concat":
+                parts = [
+                    self.as_float(self.reshape(f"{label}.part{n}", source, (-1,), shape))
+                    for n, (source, shape) in enumerate(zip(sources, shapes, strict=True))
+                ]
+                return self.node("Concat", label, parts, axis=1)
             case "add" | "mul":
                 kind = layer.kind.capitalize()
                 return self.node(kind, label, [self.as_float(source) for source in sources])
@@ -449,28 +483,56 @@ class _Writer:
         self.node("QuantizeLinear", codes, [same, value.scale, value.zero_point])
         return _Codes(codes, value.scale, value.zero_point, value.step)
 
+    def max_pool(self, label: str, layer: Layer, source: str | _Codes) -> str | _Codes:
+        window = {
+            "kernel_shape": [layer.kernel] * 2,
+            "strides": [layer.stride] * 2,
+            "pads": [layer.kernel // 2] * 4,
+        }
+        largest = self.move("MaxPool", label, source, **window)
+        if isinstance(largest, _Codes):
+            return largest
+        return self.node("AveragePool", f"{label}.kept", [largest], kernel_shape=[1, 1])
+
     def flatten(self, label: str, source: str | _Codes) -> str | _Codes:
+        return self.move("Flatten", f"{label}.flatten", source, axis=1)
+
+    def reshape(
+        self, label: str, source: str | _Codes, sides: tuple[int, ...], tensor: Tensor
+    ) -> str | _Codes:
+        """The same channels, with other sides."""
+        shape = self.constant(f"{label}.shape", np.array([0, tensor.channels, *sides], np.int64))
+        return self.move("Reshape", label, source, shape)
+
+    def move(
+        self, kind: str, label: str, source: str | _Codes, *inputs: str, **attributes: Any
+    ) -> str | _Codes:
+        """A node that hands on values as they are: codes stay on their grid."""
         name = source if isinstance(source, str) else source.name
-        flat = self.node("Flatten", f"{label}.flatten", [name], axis=1)
-        if isinstance(source, str):
-            return flat
-        return _Codes(flat, source.scale, source.zero_point, source.step)
+        return _named(self.node(kind, label, [name, *inputs], **attributes), source)
 
     def quantise(
-        self, name: str, value: str, op: OpSpec, parameters: OpParameters, index: int
+        self,
+        label: str,
+        value: str,
+        op: OpSpec,
+        parameters: OpParameters,
+        index: int,
+        whose: str = "",
     ) -> _Codes:
+        """A value of the op as codes; the grid's numbers are named after `whose` (or the label)."""
         quantiser = op.quantisers[index]
         grid = self.runtime.grid(quantiser.bits, signed=quantiser.signed)
-        codes = self.codes(name, parameters.limits[index], grid)
+        codes = self.codes(whose or label, parameters.limits[index], grid)
         if quantiser.bits == CODE_BITS:
-            self.node("QuantizeLinear", name, [value, codes.scale, codes.zero_point])
+            self.node("QuantizeLinear", label, [value, codes.scale, codes.zero_point])
         else:  # below the lowest code, 0, the bytes saturate by themselves
             wide = self.node(
-                "QuantizeLinear", f"{name}.wide", [value, codes.scale, codes.zero_point]
+                "QuantizeLinear", f"{label}.wide", [value, codes.scale, codes.zero_point]
             )
-            top = self.constant(f"{name}.top", np.uint8(grid.high - grid.low))
-            self.node("Clip", name, [wide, "", top])
-        return codes
+            top = self.constant(f"{label}.top", np.uint8(grid.high - grid.low))
+            self.node("Clip", label, [wide, "", top])
+        return replace(codes, name=label)
 
     def codes(self, name: str, limit: float, grid: Grid) -> _Codes:
         step = float(np.float32(limit) / np.float32(grid.top))
@@ -560,19 +622,34 @@ class _TensorRTWriter(_Writer):
         )
 
     def quantise(
-        self, name: str, value: str, op: OpSpec, parameters: OpParameters, index: int
+        self,
+        label: str,
+        value: str,
+        op: OpSpec,
+        parameters: OpParameters,
+        index: int,
+        whose: str = "",
     ) -> _Codes:
         quantiser = op.quantisers[index]
         grid = self.runtime.grid(quantiser.bits, signed=quantiser.signed)
-        codes = self.codes(name, parameters.limits[index], grid)
-        if quantiser.bits < 8:
+        codes = self.codes(whose or label, parameters.limits[index], grid)
+        if quantiser.bits < CODE_BITS:
             ends = [
-                self.constant(f"{name}.{end}", np.float32(code * codes.step))
+                self.constant(f"{label}.{end}", np.float32(code * codes.step))
                 for end, code in (("low", grid.low), ("high", grid.high))
             ]
-            value = self.node("Clip", f"{name}.clipped", [value, *ends])
-        self.node("QuantizeLinear", name, [value, codes.scale, codes.zero_point])
-        return codes
+            value = self.node("Clip", f"{label}.clipped", [value, *ends])
+        self.node("QuantizeLinear", label, [value, codes.scale, codes.zero_point])
+        return replace(codes, name=label)
+
+    def move(
+        self, kind: str, label: str, source: str | _Codes, *inputs: str, **attributes: Any
+    ) -> str | _Codes:
+        if isinstance(source, str):
+            return super().move(kind, label, source, *inputs, **attributes)
+        moved = self.node(kind, f"{label}.moved", [self.as_float(source), *inputs], **attributes)
+        self.node("QuantizeLinear", label, [moved, source.scale, source.zero_point])
+        return replace(source, name=label)
 
     def tensor_type(self, format_: Format) -> int:
         if format_.is_quantised:

@@ -63,6 +63,13 @@ def run_op(
                 value = ACTIVATIONS[layer.function](sources[0])
             case "pool":
                 value = sources[0].mean((2, 3), keepdim=True)
+            case "max_pool":
+                padding = layer.kernel // 2
+                value = functional.max_pool2d(sources[0], layer.kernel, layer.stride, padding)
+            case "half":
+                value = sources[0][:, layer.start :: 2]
+            case "concat":
+                value = torch.cat(sources, 1)
             case "add":
                 value = sources[0] + sources[1]
             case "mul":
@@ -101,14 +108,17 @@ class OpModule(nn.Module):
                     kernel=layer.kernel,
                     stride=layer.stride,
                     groups=layer.groups,
-                    bias=not layer.norm,
+                    bias=layer.has_bias,
                     precision=self.layer_precision(index),
                 )
                 if layer.norm:
                     self.norms[str(index)] = nn.BatchNorm2d(layer.channels, eps=NORM_EPSILON)
             elif layer.kind == "linear":
                 self.weighted[str(index)] = layers.linear(
-                    source.elements, layer.channels, precision=self.layer_precision(index)
+                    source.elements,
+                    layer.channels,
+                    bias=layer.has_bias,
+                    precision=self.layer_precision(index),
                 )
         for index, quantiser in op.quantisers.items():
             grid = runtime.grid(quantiser.bits, signed=quantiser.signed)
@@ -183,11 +193,14 @@ class OpModule(nn.Module):
             norm.running_var.copy_(variance)
 
     def shift_bias(self, index: int, shift: integer.Floats) -> None:
-        """Add `shift` (out,) to what layer `index` adds, in its norm or in itself."""
+        """Add `shift` (out,) to what layer `index` adds, in its norm or in itself; nothing to a
+        layer that adds nothing.
+        """
         bias = (
             self._norm(index) if self.op.layers[index].norm else self.weighted_layers[index]
         ).bias
-        assert bias is not None
+        if bias is None:
+            return
         with torch.no_grad():
             bias.add_(torch.from_numpy(shift).to(bias.device))
 

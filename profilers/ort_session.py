@@ -20,7 +20,7 @@ from profilers.measure import Protocol, Samples, time_block
 
 WATCHED = (
     "Conv", "Gemm", "QLinearConv", "QGemm", "QLinearAdd", "QLinearMul", "QLinearSigmoid",
-    "QLinearGlobalAveragePool", "QuantizeLinear", "DequantizeLinear", "Clip",
+    "QLinearGlobalAveragePool", "QLinearConcat", "QuantizeLinear", "DequantizeLinear", "Clip",
 )  # fmt: skip
 """Operators whose count in the optimised graph must be what the ops declare. A Clip is one of
 codes, which has no lower end; one with both is an activation, alone or in its convolution.

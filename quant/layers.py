@@ -57,16 +57,18 @@ def conv(
     return layer
 
 
-def linear(features_in: int, features: int, *, precision: Precision) -> nn.Linear:
-    """A linear layer with a bias, whose weight is held at the precision."""
+def linear(
+    features_in: int, features: int, *, bias: bool = True, precision: Precision
+) -> nn.Linear:
+    """A linear layer, whose weight is held at the precision."""
     if not (precision.is_integer or precision.is_cast):
-        return nn.Linear(features_in, features)
+        return nn.Linear(features_in, features, bias=bias)
     if precision.is_pact or precision.is_cast:
-        return RoundedLinear(features_in, features, precision=precision)
+        return RoundedLinear(features_in, features, bias=bias, precision=precision)
     layer: nn.Linear = QuantLinear(
         features_in,
         features,
-        bias=True,
+        bias=bias,
         weight_quant=Int8WeightPerChannelFloat,
         weight_bit_width=precision.weight_bits,
     )
@@ -88,10 +90,12 @@ class RoundedConv2d(nn.Conv2d):
 
 
 class RoundedLinear(nn.Linear):
-    """A linear layer with a bias whose weight is rounded at each use, as `precision` holds it."""
+    """A linear layer whose weight is rounded at each use, as `precision` holds it."""
 
-    def __init__(self, features_in: int, features: int, *, precision: Precision) -> None:
-        super().__init__(features_in, features)
+    def __init__(
+        self, features_in: int, features: int, *, bias: bool, precision: Precision
+    ) -> None:
+        super().__init__(features_in, features, bias=bias)
         self.precision = precision
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:

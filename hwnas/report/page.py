@@ -58,6 +58,7 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("model", f"{summary['model']} ({summary['size_bytes'] / 1e6:.3g} MB)"),
         *(("note", sentence) for sentence in summary["notes"]),
+        ("BitOPs", _bitops(summary["bitops"], summary["bitops_searched"])),
         ("certificate", summary["certificate"]),
         ("report", summary["report"]),
     ]
@@ -116,6 +117,15 @@ def _limit(summary: dict[str, Any], cost: str) -> str:
         f"{text} does not bind: the space reaches {number(low)} to {number(high)}; "
         f"try {limit_text(cost, (low + high) / 2)}"
     )
+
+
+def _bitops(every: float, searched: float) -> str:
+    """MACs x bits x bits for people.
+
+    >>> _bitops(1.2e11, 6.78e9)
+    '1.2e+11 in all layers, 6,780,000,000 where the precision is searched'
+    """
+    return f"{number(every)} in all layers, {number(searched)} where the precision is searched"
 
 
 def write_report(

@@ -314,6 +314,12 @@ class SearchSpace:
         """The op chain of an architecture."""
         return tuple(placed.op for placed in self.walk(architecture))
 
+    def searched(self, architecture: Architecture) -> tuple[OpSpec, ...]:
+        """The ops whose precision is a gene: SPOS counts the BitOPs of these alone."""
+        genes = {gene.name for gene in self.genes}
+        placed = self.walk(architecture)
+        return tuple(item.op for item in placed if f"{item.position}.precision" in genes)
+
     def describe(self, architecture: Architecture) -> dict[str, str]:
         """Gene names with the chosen values, for people and for JSON."""
         return {

@@ -68,9 +68,97 @@ def classifier(
     *,
     precision: Precision,
     activation: str = "relu",
+    bias: bool = True,
 ) -> OpSpec:
     """The head: a 1 x 1 convolution, the global average, and a linear layer to the logits."""
     op = OpBuilder(precision, tensor)
     value = op.activation(op.conv(0, channels, role="conv"), activation)
-    op.linear(op.pool(value), classes, role="linear")
+    op.linear(op.pool(value), classes, role="linear", bias=bias)
     return op.build(logits=True)
+
+
+def pooled_classifier(
+    tensor: Tensor, classes: int, *, precision: Precision, bias: bool = True
+) -> OpSpec:
+    """The head of a residual network: the global average and a linear layer to the logits."""
+    op = OpBuilder(precision, tensor)
+    op.linear(op.pool(0), classes, role="linear", bias=bias)
+    return op.build(logits=True)
+
+
+def pooled_stem(tensor: Tensor, channels: int, *, precision: Precision) -> OpSpec:
+    """ResNet's stem for photos (He et al. 2015, table 1): 7 x 7 and a 3 x 3 max pool, each of
+    stride 2.
+    """
+    op = OpBuilder(precision, tensor)
+    value = op.relu(op.conv(0, channels, kernel=7, stride=2, role="conv"))
+    op.max_pool(value, kernel=3, stride=2)
+    return op.build()
+
+
+def basic_block(
+    tensor: Tensor, channels: int, *, inner: int, stride: int = 1, precision: Precision
+) -> OpSpec:
+    """ResNet's block of two 3 x 3 convolutions, `inner` wide between them (He et al. 2015, figure
+    2). Where the shape changes the input is projected (option B of section 3.3).
+    """
+    op = OpBuilder(precision, tensor)
+    value = op.relu(op.conv(0, inner, kernel=3, stride=stride, role="conv3x3a"))
+    value = op.conv(value, channels, kernel=3, role="conv3x3b")
+    given = 0
+    if stride > 1 or channels != tensor.channels:
+        given = op.conv(0, channels, stride=stride, role="bypass")
+    op.relu(op.add(value, given))
+    return op.build()
+
+
+def shuffle_unit(
+    tensor: Tensor, channels: int, *, kernel: int, middle: int, stride: int = 1,
+    precision: Precision,
+) -> OpSpec:  # fmt: skip
+    """ShuffleNetV2's unit (Ma et al. 2018, figure 3c and d) with its own kernel, as SPOS has it.
+
+    At stride 1 the even channels are handed on and the odd ones go through 1 x 1, depthwise and
+    1 x 1; at stride 2 all channels go through that and through depthwise and 1 x 1. `middle` is the
+    width of the depthwise layer. Raises ValueError where no channels are left for the main branch.
+    """
+    op = OpBuilder(precision, tensor)
+    kept, value, width = _branches(op, tensor, channels, kernel, stride)
+    value = op.relu(op.conv(value, middle, role="expand"))
+    value = op.conv(value, middle, kernel=kernel, stride=stride, groups=middle, role="depthwise")
+    op.concat(kept, op.relu(op.conv(value, width, role="project")))
+    return op.build()
+
+
+def xception_unit(
+    tensor: Tensor, channels: int, *, middle: int, stride: int = 1, precision: Precision
+) -> OpSpec:
+    """SPOS's deep choice (Guo et al. 2019, section 4): three separable 3 x 3 convolutions in the
+    main branch of `shuffle_unit`, after Xception (Chollet 2017).
+    """
+    op = OpBuilder(precision, tensor)
+    kept, value, width = _branches(op, tensor, channels, 3, stride)
+    value = op.conv(
+        value, op.channels(value), kernel=3, stride=stride, groups=op.channels(value),
+        role="depthwise",
+    )  # fmt: skip
+    value = op.relu(op.conv(value, middle, role="expand"))
+    value = op.conv(value, middle, kernel=3, groups=middle, role="depthwise2")
+    value = op.relu(op.conv(value, middle, role="blend"))
+    value = op.conv(value, middle, kernel=3, groups=middle, role="depthwise3")
+    op.concat(kept, op.relu(op.conv(value, width, role="project")))
+    return op.build()
+
+
+def _branches(
+    op: OpBuilder, tensor: Tensor, channels: int, kernel: int, stride: int
+) -> tuple[int, int, int]:
+    """What a shuffle unit hands on beside its main branch, what that reads, how wide that ends."""
+    if stride == 1:
+        return op.half(0, "even"), op.half(0, "odd"), channels - tensor.channels // 2
+    value = op.conv(
+        0, tensor.channels, kernel=kernel, stride=stride, groups=tensor.channels,
+        role="bypass_depthwise",
+    )  # fmt: skip
+    kept = op.relu(op.conv(value, tensor.channels, role="bypass"))
+    return kept, 0, channels - tensor.channels

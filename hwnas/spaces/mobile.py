@@ -7,6 +7,7 @@ from typing import Any
 
 from hwnas.spaces.base import Build, Choice, Position, SearchSpace, State
 from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
+from hwnas.spaces.parts import one_op
 from latency_tables.ops import Tensor
 from quant.errors import InvalidInput
 from quant.precision import Precision
@@ -52,7 +53,15 @@ def mobile(
     blocks = {f"k{kernel}e{expansion}": (kernel, expansion) for kernel, expansion in kinds}
     if skip:
         _refuse_ambiguous(name, stages)
-    positions = [_stem(stem_channels, stem_stride, stem_precisions)]
+    positions = [
+        one_op(
+            "stem",
+            stem_precisions,
+            lambda tensor, precision: conv_norm_activation(
+                tensor, stem_channels, kernel=3, stride=stem_stride, precision=precision
+            ),
+        )
+    ]
     number = 0
     for stage in stages:
         for index in range(stage.blocks):
@@ -69,7 +78,15 @@ def mobile(
                 )
             )
             number += 1
-    positions.append(_head(head_channels, classes, head_precisions or precisions))
+    positions.append(
+        one_op(
+            "head",
+            head_precisions or precisions,
+            lambda tensor, precision: classifier(
+                tensor, head_channels, classes, precision=precision
+            ),
+        )
+    )
     return SearchSpace(name, Tensor(image_channels, size, size), tuple(positions), classes)
 
 
@@ -124,20 +141,6 @@ def _refuse_ambiguous(name: str, stages: Sequence[Stage]) -> None:
             )
 
 
-def _stem(channels: int, stride: int, precisions: Sequence[str]) -> Position:
-    def build(state: State, values: Mapping[str, Any]) -> Choice:
-        op = conv_norm_activation(
-            state.tensor,
-            channels,
-            kernel=3,
-            stride=stride,
-            precision=Precision(values["precision"]),
-        )
-        return Choice(op, State(op.output))
-
-    return Position("stem", {"precision": list(precisions)}, build)
-
-
 def _block(stage: Stage, stride: int, blocks: Mapping[str, tuple[int, int]]) -> Build:
     kind = f"{stage.activation} squeeze {stage.squeeze}"
 
@@ -166,12 +169,3 @@ def _block(stage: Stage, stride: int, blocks: Mapping[str, tuple[int, int]]) -> 
         return Choice(op, State(op.output), values["block"])
 
     return build
-
-
-def _head(channels: int, classes: int, precisions: Sequence[str]) -> Position:
-    def build(state: State, values: Mapping[str, Any]) -> Choice:
-        precision = Precision(values["precision"])
-        op = classifier(state.tensor, channels, classes, precision=precision)
-        return Choice(op, State(op.output))
-
-    return Position("head", {"precision": list(precisions)}, build)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from hwnas.spaces.base import SearchSpace
 from hwnas.spaces.mobile import mobile_224, mobile_tiny
+from hwnas.spaces.resnet import resnet18, resnet34, resnet_tiny
+from hwnas.spaces.shufflenet import shufflenet_224, shufflenet_tiny
 from latency_tables.ops import Tensor
 from quant.errors import InvalidInput
 
@@ -15,7 +17,15 @@ SpaceFactory = Callable[..., SearchSpace]
 """Called with classes, image_channels and size of the data; returns the space. The default of
 `size`, where there is one, is the side in pixels to which pictures are brought."""
 
-SPACES: dict[str, SpaceFactory] = {"mobile-tiny": mobile_tiny, "mobile": mobile_224}
+SPACES: dict[str, SpaceFactory] = {
+    "mobile-tiny": mobile_tiny,
+    "mobile": mobile_224,
+    "shufflenet-tiny": shufflenet_tiny,
+    "shufflenet": shufflenet_224,
+    "resnet-tiny": resnet_tiny,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+}
 """The presets."""
 
 DEFAULT_SIZE = 224

@@ -29,7 +29,8 @@ class ElasticLayer(nn.Module):
             nn.init.kaiming_normal_(self.weight, mode="fan_out" if layer.groups == 1 else "fan_in")
         if layer.norm:
             self.gamma = nn.Parameter(torch.full(shape[:1], gamma))
-        self.bias = nn.Parameter(torch.zeros(shape[0]))
+        if layer.norm or layer.has_bias:
+            self.bias = nn.Parameter(torch.zeros(shape[0]))
 
     def sliced_weight(self, shape: tuple[int, ...]) -> Tensor:
         """The weight of a layer whose own has the given shape."""
@@ -39,7 +40,7 @@ class ElasticLayer(nn.Module):
     def forward(self, value: Tensor, layer: Layer, precision: Precision) -> Tensor:
         """The convolution or linear layer itself, its norm left out."""
         weight = self.sliced_weight(layer.weight_shape(value.shape[1]))
-        bias = None if layer.norm else self.bias[: layer.channels]
+        bias = self.bias[: layer.channels] if layer.has_bias else None
         return weighted_layer(layer, value, round_weight(weight, precision), bias)
 
     def normalise(

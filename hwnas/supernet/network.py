@@ -92,12 +92,11 @@ class Supernet(nn.Module):
                     layer = placed.op.layers[index]
                     shared = self._layer(placed, layer)
                     target.weight.copy_(shared.sliced_weight(placed.op.weight_shapes[index]))
-                    bias = shared.bias[: layer.channels]
                     if layer.norm:
                         gamma, known = shared.gamma[: layer.channels], statistics[number, index]
-                        module.set_norm(index, gamma, bias, *known)
+                        module.set_norm(index, gamma, shared.bias[: layer.channels], *known)
                     elif target.bias is not None:
-                        target.bias.copy_(bias)
+                        target.bias.copy_(shared.bias[: layer.channels])
                 for index, quantiser in module.activation_quantisers.items():
                     quantiser.limit = float(self._range(placed, index).limit.detach())
         return network.eval()

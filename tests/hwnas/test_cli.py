@@ -23,7 +23,7 @@ from typer.main import get_command
 from hwnas import cli, opening
 from hwnas.job import LIMITS
 from hwnas.spaces.base import Architecture
-from hwnas.spaces.registry import load_space
+from hwnas.spaces.registry import SPACES, load_space
 from hwnas.supernet.evaluator import Evaluation, Evaluator
 from latency_tables.ops import OpSpec, peak_activation_bytes, total
 from latency_tables.table import LatencyTable
@@ -245,7 +245,7 @@ def completed(line: str, folder: Path, shell: str = "bash") -> list[str]:
         ("hwnas ", sorted(COMMANDS)),
         ("hwnas pr", ["predict", "profile"]),
         ("hwnas tables ", ["check", "diff", "export", "merge", "show"]),
-        ("hwnas search --space ", ["mobile", "mobile-tiny"]),
+        ("hwnas search --space ", sorted(SPACES)),
         ("hwnas profile --device s", ["simulated"]),
         ("hwnas train --recipe s", ["smoke", "standard"]),
         ("hwnas search --max-", ["--max-activation-mb", "--max-bitops", "--max-macs",

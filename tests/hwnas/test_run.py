@@ -18,7 +18,7 @@ from hwnas.costs.feasible import FeasibleSet
 from hwnas.data import as_input, digits
 from hwnas.export.onnx_file import Agreement
 from hwnas.history import History
-from hwnas.run import Job, Request
+from hwnas.run import Job, Request, number
 from hwnas.spaces.base import Architecture
 from hwnas.store import Run
 from hwnas.supernet.evaluator import Evaluation, Evaluator
@@ -105,6 +105,15 @@ def test_the_certificate_names_what_it_certifies(
     assert content["counts"]["size_bytes"] == shipped.stat().st_size
     ops = job.space.lower(job.space.parse(content["architecture"]))
     assert content["counts"]["macs"] == sum(op.macs for op in ops)
+    assert content["counts"]["bitops"] == summary["bitops"] == sum(op.bitops for op in ops)
+    blocks = sum(op.bitops for op in ops[1:])  # its stem is always in fp32
+    assert content["counts"]["bitops_searched"] == summary["bitops_searched"] == blocks
+    told = dict(hwnas.run.result_rows(summary))["BitOPs"]
+    assert (
+        told == f"{number(summary['bitops'])} in all layers, {number(blocks)} where the "
+        "precision is searched"
+    )
+    assert told in Path(summary["report"]).read_text()
 
 
 @pytest.mark.parametrize("bins", [0, 3])

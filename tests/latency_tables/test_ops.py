@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
+from hwnas.spaces.blocks import (
+    basic_block,
+    classifier,
+    conv_norm_activation,
+    inverted_residual,
+    pooled_stem,
+    shuffle_unit,
+    xception_unit,
+)
 from latency_tables.ops import Layer, OpBuilder, OpSpec, Quantiser, Tensor
 from profilers.modules import run_op
 from quant.precision import Format, Precision
@@ -32,7 +40,21 @@ def ops(draw: st.DrawFn) -> OpSpec:
     activation = draw(st.sampled_from(FUNCTIONS))
     channels = draw(st.integers(1, 6))
     kernel, stride = draw(st.sampled_from([1, 3, 5])), draw(st.integers(1, 2))
-    match draw(st.sampled_from(["residual", "conv", "head"])):
+    paired = replace(tensor, channels=2 * tensor.channels)
+    match draw(st.sampled_from(["residual", "conv", "head", "shuffle", "deep", "basic", "stem"])):
+        case "shuffle":
+            return shuffle_unit(
+                paired, channels + 12, kernel=kernel, middle=4, stride=stride, precision=precision
+            )
+        case "deep":
+            return xception_unit(
+                paired, channels + 12, middle=4, stride=stride, precision=precision
+            )
+        case "basic":
+            width = draw(st.sampled_from([channels, tensor.channels]))
+            return basic_block(tensor, width, inner=4, stride=stride, precision=precision)
+        case "stem":
+            return pooled_stem(tensor, channels, precision=precision)
         case "residual":
             return inverted_residual(
                 tensor,
@@ -204,6 +226,28 @@ def test_a_sum_is_unsigned_only_if_both_sides_are() -> None:
         assert _signs(op.build()) == {2: sign}
 
 
+def test_what_is_moved_stays_on_its_grid_and_what_is_joined_gets_one() -> None:
+    """value 1 even, 2 odd, 3 the convolution, 4 its relu, 5 both, 6 its largest"""
+    for fmt, bits in [("fp32+", 4), ("a8+", 8), ("a2+", 2)]:
+        op = OpBuilder(Precision("w4a4"), Tensor(4, 6, 6, Format.parse(fmt)))
+        even, odd = op.half(0, "even"), op.half(0, "odd")
+        op.max_pool(op.concat(even, op.relu(op.conv(odd, 6, role="a"))), kernel=3, stride=2)
+        spec = op.build()
+        expected = {4: "+", 5: "+"} if fmt.startswith("a") else {0: "+", 4: "+", 5: "+"}
+        assert _signs(spec) == expected
+        assert [str(v.format) for v in spec.values[1:3]] == [f"a{bits}+"] * 2
+        assert [str(v) for v in spec.values[4:]] == ["a4+:6x6x6", "a4+:8x6x6", "a4+:8x3x3"]
+        assert spec.bitops == 2 * 6 * 36 * 4 * bits
+
+
+def test_what_is_joined_is_unsigned_only_if_both_sides_are() -> None:
+    for left, right, sign in [("a8+", "a8+", "+"), ("a8+", "a8", "+-"), ("a8", "a8+", "+-")]:
+        inputs = [Tensor(4, 6, 6, Format.parse(text)) for text in (left, right)]
+        op = OpBuilder(Precision("w8a8"), *inputs)
+        op.concat(0, 1)
+        assert _signs(op.build()) == {2: sign}
+
+
 # ---- keys
 
 
@@ -239,6 +283,15 @@ def test_everything_that_changes_the_graph_changes_the_key() -> None:
         one(1, Layer("activation", (1,), function="relu6")),
         one(2, Layer("conv", (1,), "b", 8)),
         one(3, Layer("add", (2, 3))),
+        one(3, Layer("half", (3,), function="even")),
+        one(3, Layer("half", (3,), function="odd")),
+        one(3, Layer("max_pool", (3,), kernel=3)),
+        one(3, Layer("max_pool", (3,), kernel=5)),
+        one(3, Layer("max_pool", (3,), kernel=3, stride=2)),
+        one(2, Layer("conv", (2,), "b", 8, bias=False)),
+        one(3, Layer("concat", (3, 2))),
+        one(3, Layer("linear", (3,), "c", 8)),
+        one(3, Layer("linear", (3,), "c", 8, bias=False)),
         replace(base, precision=Precision("w4a8")),
         replace(base, logits=True),
         *(
@@ -276,6 +329,16 @@ def test_an_op_reads_back_from_its_json(op: OpSpec) -> None:
     assert json.loads(text)["precision"] == op.precision.name
 
 
+def test_a_layer_tells_of_its_bias_only_where_it_has_none() -> None:
+    """Keys and texts that were stored before there was a choice are read and found as ever."""
+    op = classifier(IMAGE, 8, 5, precision=Precision("fp32"))
+    bare = classifier(IMAGE, 8, 5, precision=Precision("fp32"), bias=False)
+    assert "bias" not in op.key + op.to_json()
+    assert bare.key == op.key.replace("c5", "c5 no bias")
+    assert bare.parameters == op.parameters - 5
+    assert OpSpec.from_json(bare.to_json()) == bare
+
+
 def test_an_op_with_two_inputs_of_different_formats_reads_back_from_its_json() -> None:
     inputs = (Tensor(4, 6, 5, Format("a8", False)), Tensor(4, 6, 5, Format("bf16")))
     op = OpBuilder(Precision("w4a8"), *inputs)
@@ -297,7 +360,13 @@ MALFORMED = {
     "an even kernel": ((IMAGE,), (Layer("conv", (0,), channels=4, kernel=2),)),
     "groups that split the input": ((IMAGE,), (Layer("conv", (0,), channels=6, groups=3),)),
     "groups that split the output": ((IMAGE,), (Layer("conv", (0,), channels=6, groups=4),)),
-    "an unknown kind": ((IMAGE,), (Layer("concat", (0,)),)),
+    "an unknown kind": ((IMAGE,), (Layer("shuffle", (0,)),)),
+    "a concat of one value": ((IMAGE,), (Layer("concat", (0,)),)),
+    "a concat of other sides": ((IMAGE, Tensor(4, 6, 5)), (Layer("concat", (0, 1)),)),
+    "half of an odd number": ((Tensor(5, 6, 6),), (Layer("half", (0,), function="odd"),)),
+    "neither half": ((IMAGE,), (Layer("half", (0,)),)),
+    "an even window": ((IMAGE,), (Layer("max_pool", (0,), kernel=2),)),
+    "a window that stays": ((IMAGE,), (Layer("max_pool", (0,), kernel=3, stride=0),)),
     "an unknown activation": ((IMAGE,), (Layer("activation", (0,), function="gelu"),)),
     "no activation": ((IMAGE,), (Layer("activation", (0,)),)),
     "a sum of different shapes": ((IMAGE, Tensor(4, 6, 5)), (Layer("add", (0, 1)),)),
@@ -339,7 +408,8 @@ def test_the_builder_writes_what_the_layers_say() -> None:
     assert builder.channels(0) == 4
     assert builder.channels(value) == 8
     builder.mul(value, builder.activation(builder.pool(value), "sigmoid"))
-    builder.linear(builder.relu(4), 5, role="b")
+    builder.linear(builder.relu(4), 5, role="b", bias=False)
+    builder.concat(builder.half(1, "odd"), builder.max_pool(1, kernel=1, stride=1))
     by_hand = OpSpec(
         (IMAGE,),
         (
@@ -348,7 +418,10 @@ def test_the_builder_writes_what_the_layers_say() -> None:
             Layer("activation", (2,), function="sigmoid"),
             Layer("mul", (1, 3)),
             Layer("activation", (4,), function="relu"),
-            Layer("linear", (5,), "b", 5),
+            Layer("linear", (5,), "b", 5, bias=False),
+            Layer("half", (1,), function="odd"),
+            Layer("max_pool", (1,)),
+            Layer("concat", (7, 8)),
         ),
         Precision("fp32"),
     )

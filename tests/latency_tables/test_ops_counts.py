@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
+from hwnas.spaces.blocks import (
+    basic_block,
+    classifier,
+    conv_norm_activation,
+    inverted_residual,
+    pooled_classifier,
+    pooled_stem,
+    shuffle_unit,
+    xception_unit,
+)
 from latency_tables.ops import COUNTS, OpBuilder, OpSpec, Tensor, peak_activation_bytes, total
 from profilers.modules import Network
 from quant.precision import Format, Precision
@@ -80,6 +89,19 @@ def test_fairnas_networks_have_the_macs_and_parameters_of_the_paper(name: str) -
 @pytest.mark.parametrize("name", FAIRNAS)
 def test_fairnas_networks_count_as_pytorch_counts_their_modules(name: str) -> None:
     ops = fairnas(name)
+    assert (total("macs", ops), total("params", ops)) == _pytorch(ops)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_networks_of_moved_and_joined_values_count_as_pytorch_counts_their_modules(
+    stride: int,
+) -> None:
+    kind = Precision("fp32")
+    ops = [pooled_stem(Tensor(3, 37, 37), 6, precision=kind)]
+    ops.append(shuffle_unit(ops[-1].output, 14, kernel=5, middle=7, stride=stride, precision=kind))
+    ops.append(xception_unit(ops[-1].output, 22, middle=3, stride=stride, precision=kind))
+    ops.append(basic_block(ops[-1].output, 9, inner=5, stride=stride, precision=kind))
+    ops.append(pooled_classifier(ops[-1].output, 4, precision=kind, bias=stride == 1))
     assert (total("macs", ops), total("params", ops)) == _pytorch(ops)
 
 

@@ -17,8 +17,20 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from hwnas.costs.samplers import UniformSampler
-from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
+from hwnas.spaces.base import SearchSpace
+from hwnas.spaces.blocks import (
+    basic_block,
+    classifier,
+    conv_norm_activation,
+    inverted_residual,
+    pooled_classifier,
+    pooled_stem,
+    shuffle_unit,
+    xception_unit,
+)
 from hwnas.spaces.mobile import Stage, mobile, mobile_tiny
+from hwnas.spaces.resnet import resnet_tiny
+from hwnas.spaces.shufflenet import shufflenet_tiny
 from latency_tables.ops import OpBuilder, OpSpec, Tensor
 from profilers.base import WrongKernels
 from profilers.graphs import (
@@ -76,7 +88,33 @@ BLOCKS: dict[str, Block] = {
     "classifier": lambda t, p, a: classifier(t, 32, 10, precision=p, activation=a),
 }
 
+RELU_BLOCKS: dict[str, Block] = {
+    "shuffle": lambda t, p, a: shuffle_unit(t, t.channels, kernel=5, middle=12, precision=p),
+    "shuffle, stride 2": lambda t, p, a: shuffle_unit(
+        t, 2 * t.channels, kernel=3, middle=8, stride=2, precision=p
+    ),
+    "xception": lambda t, p, a: xception_unit(t, t.channels + 4, middle=12, precision=p),
+    "xception, stride 2": lambda t, p, a: xception_unit(t, 20, middle=4, stride=2, precision=p),
+    "basic": lambda t, p, a: basic_block(t, t.channels, inner=12, precision=p),
+    "basic, stride 2": lambda t, p, a: basic_block(t, 12, inner=8, stride=2, precision=p),
+    "pooled stem": lambda t, p, a: pooled_stem(t, 12, precision=p),
+    "pooled classifier": lambda t, p, a: pooled_classifier(t, 10, precision=p, bias=False),
+}
+"""Those of other spaces, whose one activation is relu."""
+
 every_block = pytest.mark.parametrize("block", BLOCKS.values(), ids=list(BLOCKS))
+any_block = pytest.mark.parametrize(
+    "block", (BLOCKS | RELU_BLOCKS).values(), ids=list(BLOCKS | RELU_BLOCKS)
+)
+
+
+def with_functions(*functions: str) -> pytest.MarkDecorator:
+    """Every block with every activation that it can have."""
+    cases = {f"{name}-{f}": (block, f) for name, block in BLOCKS.items() for f in functions}
+    cases |= {f"{name}-relu": (block, "relu") for name, block in RELU_BLOCKS.items()}
+    return pytest.mark.parametrize(("block", "function"), cases.values(), ids=list(cases))
+
+
 every_format = pytest.mark.parametrize("kind", FORMATS)
 every_low = pytest.mark.parametrize("precision", LOW, ids=str)
 every_precision = pytest.mark.parametrize("precision", [FP32, W8A8], ids=str)
@@ -141,7 +179,7 @@ def steps(op: OpSpec, parameters: OpParameters, *outputs: np.ndarray) -> list[np
     if op.logits:
         step = (outputs[0].max() - outputs[0].min()) / 255
         return [output / step for output in outputs]
-    last = len(op.values) - 1
+    last = max(op.quantisers)  # a max pool after it keeps its grid
     quantiser = op.quantisers[last]
     grid = ONNXRUNTIME.grid(quantiser.bits, signed=quantiser.signed)
     step = parameters.limits[last] / grid.top
@@ -164,7 +202,7 @@ def random_model(ops: list[OpSpec], seed: int = 0) -> onnx.ModelProto:
 
 @every_format
 @every_precision
-@every_block
+@any_block
 def test_every_block_is_valid_onnx_and_runs_in_its_declared_kernels(
     block: Block, precision: Precision, kind: str
 ) -> None:
@@ -235,8 +273,38 @@ def test_the_number_of_threads_changes_no_kernel() -> None:
             {"QLinearConv": 1, "QLinearGlobalAveragePool": 1, "QGemm": 1},
         ),
         (BLOCKS["classifier"](tensor("fp32"), FP32, "relu6"), {"Conv": 1, "Gemm": 1}),
+        (
+            RELU_BLOCKS["shuffle"](tensor("fp32"), W8A8, "relu"),
+            {"QuantizeLinear": 1, "QLinearConv": 3, "QLinearConcat": 1},
+        ),
+        (
+            RELU_BLOCKS["xception, stride 2"](tensor("a8"), W8A8, "relu"),
+            {"QLinearConv": 8, "QLinearConcat": 1},
+        ),
+        (RELU_BLOCKS["shuffle"](tensor("a8"), FP32, "relu"), {"DequantizeLinear": 1, "Conv": 3}),
+        (
+            RELU_BLOCKS["basic"](tensor("fp32"), W8A8, "relu"),
+            {"QuantizeLinear": 1, "QLinearConv": 3, "QLinearAdd": 1},
+        ),
+        (
+            RELU_BLOCKS["basic, stride 2"](tensor("fp32"), W8A8, "relu"),
+            {"QuantizeLinear": 1, "QLinearConv": 3, "QLinearAdd": 1},
+        ),
+        (RELU_BLOCKS["pooled stem"](tensor("a8"), W8A8, "relu"), {"QLinearConv": 1}),
     ],
-    ids=["squeeze", "hard_swish", "fp32", "classifier", "fp32 classifier"],
+    ids=[
+        "squeeze",
+        "hard_swish",
+        "fp32",
+        "classifier",
+        "fp32 classifier",
+        "shuffle",
+        "xception",
+        "fp32 shuffle",
+        "basic",
+        "projected",
+        "pooled stem",
+    ],
 )
 def test_expected_and_optimised_operators_are_those_counted_by_hand(
     op: OpSpec, counted: dict[str, int]
@@ -250,8 +318,7 @@ def test_expected_and_optimised_operators_are_those_counted_by_hand(
 
 
 @every_format
-@pytest.mark.parametrize("function", ["relu", "relu6", "sigmoid", "hard_sigmoid", "hard_swish"])
-@every_block
+@with_functions("relu", "relu6", "sigmoid", "hard_sigmoid", "hard_swish")
 def test_a_float_graph_computes_what_pytorch_computes(
     trained: Trained, block: Block, function: str, kind: str
 ) -> None:
@@ -260,29 +327,27 @@ def test_a_float_graph_computes_what_pytorch_computes(
 
 
 @every_format
-@pytest.mark.parametrize("function", ["relu", "sigmoid", "hard_sigmoid", "hard_swish"])
-@every_block
+@with_functions("relu", "sigmoid", "hard_sigmoid", "hard_swish")
 def test_an_integer_graph_is_within_a_step_of_pytorch(
     trained: Trained, block: Block, function: str, kind: str
 ) -> None:
     """Two exact differences are allowed for. The graph's bias is rounded to the accumulator's grid
     (PyTorch's is not) and sums are ordered differently, so a value near a tie may take the
     neighbouring code (under 2 % of the values); where such a code lies inside the block, the
-    convolutions after it may carry it one step further (under 0.1 %, never beyond 2 steps).
+    convolutions after it may carry it one step further (one, or under 0.1 %; never beyond 2 steps).
     """
     op = block(tensor(kind), W8A8, function)
     model, (parameters,), feed, reference = both(trained, [op])
     wanted, found = steps(op, parameters, reference, run(model, feed.graph, SIMULATION))
     away = np.abs(found - wanted)
     assert away.max() < 2.5
-    assert (away > 1.5).mean() <= 0.001
+    assert (away > 1.5).sum() <= max(1, 0.001 * away.size)
     assert (away > 0.5).mean() <= 0.02
     assert np.ptp(wanted) > 60, "the images must reach a good part of the grid"
 
 
 @every_format
-@pytest.mark.parametrize("function", ["relu", "sigmoid", "hard_swish"])
-@every_block
+@with_functions("relu", "sigmoid", "hard_swish")
 def test_integer_kernels_compute_what_the_float_simulation_computes(
     trained: Trained, block: Block, function: str, kind: str
 ) -> None:
@@ -324,7 +389,7 @@ def test_a_chain_hands_on_scale_and_format(trained: Trained, names: tuple[str, s
 
 
 @every_precision
-@every_block
+@any_block
 def test_the_batch_is_symbolic(block: Block, precision: Precision) -> None:
     model = random_model([block(tensor(), precision, "relu")])
     (graph_input,) = model.graph.input
@@ -366,6 +431,95 @@ def test_an_op_of_two_inputs_adds_them(kinds: tuple[str, str]) -> None:
             top = ONNXRUNTIME.grid(8, signed=spec.format.signed).top
             allowed += INPUT_LIMIT / top
     assert np.abs(found - wanted).max() <= allowed * 1.001
+
+
+# ---- values that are moved: codes stay on their grid
+
+
+MOVED: dict[str, Callable[[OpBuilder], int]] = {
+    "even": lambda op: op.half(0, "even"),
+    "odd": lambda op: op.half(0, "odd"),
+    "odd of even": lambda op: op.half(op.half(0, "even"), "odd"),
+    "max_pool": lambda op: op.max_pool(0, kernel=3, stride=2),
+    "max_pool, stride 1": lambda op: op.max_pool(0, kernel=5, stride=1),
+}
+
+
+def moved_by_numpy(name: str, values: np.ndarray) -> np.ndarray:
+    """Written again without libraries: windows are cut at the border, channels are listed."""
+    match name:
+        case "even":
+            return values[:, [0, 2, 4, 6]]
+        case "odd":
+            return values[:, [1, 3, 5, 7]]
+        case "odd of even":
+            return values[:, [2, 6]]
+    kernel, stride = (5, 1) if "stride 1" in name else (3, 2)
+    side, reach = values.shape[-1], kernel // 2
+    starts = range(0, side, stride)
+    found = [
+        values[:, :, max(0, i - reach) : i + reach + 1, max(0, j - reach) : j + reach + 1].max(
+            (2, 3)
+        )
+        for i in starts
+        for j in starts
+    ]
+    return np.stack(found, -1).reshape(*values.shape[:2], len(starts), len(starts))
+
+
+@pytest.mark.parametrize("side", [9, 10])
+@pytest.mark.parametrize("name", MOVED)
+@every_format
+def test_what_is_moved_keeps_its_values_to_the_last_bit(name: str, kind: str, side: int) -> None:
+    """Negative values next to the border too: what pads a max pool is below them."""
+    for precision in (FP32, W8A8):
+        builder = OpBuilder(precision, tensor(kind, side=side))
+        MOVED[name](builder)
+        op = builder.build()
+        quantised = precision.is_integer and not op.inputs[0].format.is_quantised
+        parameters = OpParameters({}, {0: INPUT_LIMIT})
+        model = emit([op], [parameters])
+        onnx.checker.check_model(model, full_check=True)
+        assert expected_operators([op]) == {
+            k: 1 for k, there in (
+                ("QuantizeLinear", quantised),
+                ("DequantizeLinear", op.inputs[0].format.is_quantised and precision == FP32),
+            ) if there
+        }  # fmt: skip
+        OrtProfiler().check(model)
+        feed = images(op.inputs[0])
+        given = feed.graph
+        if quantised:
+            grid = ONNXRUNTIME.grid(8, signed=op.inputs[0].format.signed)
+            step = np.float32(INPUT_LIMIT / grid.top)
+            given = np.clip(np.rint(feed.values / step), grid.low, grid.high) - grid.low
+            given = given.astype(np.uint8)
+        elif precision == FP32:
+            given = feed.values
+        found = run(model, feed.graph)
+        assert found.dtype == given.dtype
+        np.testing.assert_array_equal(found, moved_by_numpy(name, given))
+
+
+@pytest.mark.parametrize("kinds", list(itertools.product(("a8", "a8+"), repeat=2)), ids="/".join)
+def test_an_op_of_two_inputs_joins_them_on_one_grid(kinds: tuple[str, str]) -> None:
+    """Each half within half a step of the output; channels keep their order."""
+    builder = OpBuilder(W8A8, tensor(kinds[0], channels=4), tensor(kinds[1], channels=6))
+    builder.concat(0, 1)
+    op = builder.build()
+    limits = {0: INPUT_LIMIT, 1: 0.7 * INPUT_LIMIT, 2: 1.1 * INPUT_LIMIT}
+    model = emit([op], [OpParameters({}, limits)])
+    OrtProfiler().check(model)
+    feeds = [images(spec, seed=seed) for seed, spec in enumerate(op.inputs)]
+    with OrtProfiler().prepare(model) as session:
+        codes = session.run(*(feed.graph for feed in feeds))
+    signed = op.quantisers[2].signed
+    assert signed == ("a8" in kinds)
+    grid = ONNXRUNTIME.grid(8, signed=signed)
+    step = limits[2] / grid.top
+    wanted = np.concatenate([feeds[0].values, 0.7 * feeds[1].values], axis=1)
+    found = (codes.astype(np.float64) + grid.low) * step
+    assert np.abs(found - np.clip(wanted, grid.low * step, grid.high * step)).max() <= 0.5001 * step
 
 
 # ---- residual blocks at a change of format: what was added changes no value
@@ -449,8 +603,9 @@ def test_what_a_residual_block_adds_is_the_modules_converted_input_to_the_last_b
 def test_a_layer_is_added_only_where_a_block_that_adds_its_input_converts_it(
     precision: Precision,
 ) -> None:
-    for name, kind in itertools.product(BLOCKS, FORMATS):
-        op = BLOCKS[name](tensor(kind), precision, "relu")
+    blocks = [*BLOCKS.values(), RELU_BLOCKS["basic"], RELU_BLOCKS["basic, stride 2"]]
+    for block, kind in itertools.product(blocks, FORMATS):
+        op = block(tensor(kind), precision, "relu")
         nodes = random_model([op]).graph.node
         written = Counter(node.op_type for node in nodes)
         convolutions = sum(layer.kind == "conv" for layer in op.layers)
@@ -639,9 +794,20 @@ def test_random_networks_of_many_precisions_run_in_their_declared_kernels() -> N
         assert set(found) <= counted | floating, "and nothing unpacks weights"
 
 
-def test_random_mixed_networks_run_in_their_declared_kernels() -> None:
+BOTH = ("fp32", "w8a8")
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        mobile_tiny(classes=10),
+        shufflenet_tiny(classes=10),
+        resnet_tiny(classes=10, precisions=BOTH),
+    ],
+    ids=lambda space: space.name,
+)
+def test_random_mixed_networks_run_in_their_declared_kernels(space: SearchSpace) -> None:
     """40 random architectures. Conversions counted by hand: one wherever the format changes."""
-    space = mobile_tiny(classes=10)
     sampler, rng = UniformSampler(space), np.random.default_rng(7)
     mixed = 0
     for seed in range(40):
@@ -751,11 +917,11 @@ def declare(model: onnx.ModelProto, ops: list[OpSpec]) -> onnx.ModelProto:
     return wrong
 
 
-@every_block
+@any_block
 def test_a_graph_that_is_not_in_the_declared_precision_is_found(block: Block) -> None:
     floating, integer = (block(tensor(), p, "relu") for p in (FP32, W8A8))
     for truth, claim in ((floating, integer), (integer, floating)):
-        with pytest.raises(WrongKernels, match="Conv"):
+        with pytest.raises(WrongKernels, match=r"Conv|Gemm"):
             OrtProfiler().check(declare(random_model([truth]), [claim]))
 
 
@@ -865,7 +1031,7 @@ def test_a_foreign_model_is_refused() -> None:
 
 
 @every_precision
-@every_block
+@any_block
 def test_random_parameters_are_those_of_their_generator(block: Block, precision: Precision) -> None:
     op = block(tensor("a8"), precision, "relu")
     model, same, other = (

@@ -14,6 +14,9 @@ from hwnas.spaces.base import SearchSpace
 from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
 from hwnas.spaces.mobile import Stage, mobile, mobile_tiny
 from hwnas.spaces.registry import load_space
+from hwnas.spaces.resnet import Stage as Stages
+from hwnas.spaces.resnet import resnet, resnet_tiny
+from hwnas.spaces.shufflenet import shufflenet_tiny
 from latency_tables.ops import OpBuilder, OpSpec, Tensor
 from profilers.graphs import OpParameters, emit, random_parameters
 from profilers.sizes import BASE_BYTES, file_bytes
@@ -21,7 +24,8 @@ from quant.errors import InvalidInput
 from quant.integer import FloatWeights, IntegerWeights
 from quant.precision import Format, Precision
 
-FP32, W8A8, W4A8, W2A4 = map(Precision, ("fp32", "w8a8", "w4a8", "w2a4"))
+BOTH = ("fp32", "w8a8")
+FP32, W8A8, W4A8, W2A4 = map(Precision, (*BOTH, "w4a8", "w2a4"))
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SLACK = 33
 """What `BASE_BYTES` may be too large by: it covers larger images and files too."""
@@ -52,6 +56,18 @@ SPACES = {
     "mobile-tiny, 1000 classes": lambda: mobile_tiny(classes=1000, image_channels=3, size=224),
     "squeezed": lambda: squeezed(classes=4),
     "low bits": lambda: low_bits("w4a8", "w2a8", "w3a4", "w5a8", "pact-w1a2", "fp32"),
+    "shufflenet-tiny": lambda: shufflenet_tiny(classes=10),
+    "resnet-tiny": lambda: resnet_tiny(classes=10, precisions=BOTH),
+    "pooled resnet": lambda: resnet(
+        "pooled",
+        (Stages(1, 16, 1), Stages(1, 32)),
+        classes=10,
+        size=32,
+        stem_channels=16,
+        precisions=BOTH,
+        stem_precisions=BOTH,
+        head_precisions=BOTH,
+    ),
     "own space": lambda: load_space(
         f"{EXAMPLES / 'own_space.py'}:space", classes=10, image_channels=1, size=28
     ),
@@ -124,6 +140,8 @@ def test_every_op_of_a_space_adds_what_was_predicted_wherever_it_stands() -> Non
     lambda op: op.mul(0, op.activation(op.pool(0), "sigmoid")),
     lambda op: op.add(op.conv(0, 8, role="left"), op.conv(0, 8, role="right")),
     lambda op: op.conv(op.conv(0, 128, role="left"), 8, role="right"),
+    lambda op: op.concat(op.half(0, "odd"), op.conv(op.half(0, "even"), 6, role="conv")),
+    lambda op: op.max_pool(op.relu(op.conv(0, 8, role="conv")), kernel=3, stride=2),
     lambda op: op.conv(op.conv(0, 8, role="r" * 90), 8, role="long names", norm=False),
 ])  # fmt: skip
 def test_ops_of_any_shape_and_input_format_add_what_was_predicted(write, precision, kind) -> None:

@@ -13,8 +13,11 @@ from hwnas.export.onnx_file import accuracy, agreement, write_onnx
 from hwnas.recipes import TrainingRecipe
 from hwnas.retrain import accuracy as torch_accuracy
 from hwnas.retrain import retrain
-from hwnas.spaces.base import SearchSpace
+from hwnas.spaces.base import Architecture, SearchSpace
 from hwnas.spaces.mobile import Stage, mobile
+from hwnas.spaces.resnet import Stage as Stages
+from hwnas.spaces.resnet import resnet
+from hwnas.spaces.shufflenet import shufflenet_tiny
 from hwnas.supernet.network import Supernet
 from profilers.base import Array, Session, WrongKernels
 from profilers.graphs import read_ops
@@ -39,13 +42,28 @@ def space_of(precisions: tuple[str, ...]) -> SearchSpace:
     )
 
 
-def trained_network(data: Splits, precisions: dict[str, str], steps: int) -> Network:
+SPACE = space_of(("fp32", "w8a8"))
+OTHER_SPACES = [
+    shufflenet_tiny(classes=10),
+    resnet(
+        "resnet", (Stages(1, 16, 1), Stages(2, 32)), classes=10, size=32, image_channels=1,
+        stem_channels=16, multipliers=(1.0,), precisions=("fp32", "w8a8"),
+        stem_precisions=("w8a8",),
+    ),
+]  # fmt: skip
+
+
+def architecture_of(precisions: dict[str, str]) -> Architecture:
+    return SPACE.parse({f"{name}.precision": p for name, p in precisions.items()})
+
+
+def trained_network(
+    data: Splits, space: SearchSpace, architecture: Architecture, steps: int
+) -> Network:
     torch.manual_seed(0)
-    space = space_of(tuple(sorted({"fp32", "w8a8", *precisions.values()})))
     supernet = Supernet(space)
     batches = [x for x, _ in in_order(data.train.first(128), 64)]
     supernet.initialise_ranges(batches[0])
-    architecture = space.parse({f"{name}.precision": p for name, p in precisions.items()})
     network = supernet.extract(architecture, supernet.recalibrate(architecture, batches))
     recipe = TrainingRecipe(steps=steps, batch=32, learning_rate=0.04)
     retrain(network, data, recipe, seed=0, progress=lambda *_: None)
@@ -67,9 +85,9 @@ def data() -> Splits:
 @pytest.fixture(scope="module")
 def networks(data: Splits) -> dict[str, Network]:
     return {
-        "float": trained_network(data, FLOAT, 20),
-        "integer": trained_network(data, INTEGER, 80),
-        "mixed": trained_network(data, MIXED, 80),
+        "float": trained_network(data, SPACE, architecture_of(FLOAT), 20),
+        "integer": trained_network(data, SPACE, architecture_of(INTEGER), 80),
+        "mixed": trained_network(data, SPACE, architecture_of(MIXED), 80),
     }
 
 
@@ -152,6 +170,23 @@ def test_a_file_of_any_bits_answers_as_its_network_on_every_image_at_hand(
     assert found.largest_difference < 0.01 * found.logit_range
     identical = np.abs(logits - reference).max(1) < 1e-4 * found.logit_range
     assert identical.mean() > 0.97
+
+
+@pytest.mark.parametrize("space", OTHER_SPACES, ids=lambda space: space.name)
+def test_an_integer_file_of_another_space_answers_as_the_trained_network(
+    space: SearchSpace, data: Splits, profiler: OrtProfiler, tmp_path: Path
+) -> None:
+    """Every other block in float, so that formats change at each of them."""
+    genes = {gene.name: gene.choices[0] for gene in space.genes}
+    changing = [gene.name for gene in space.genes if gene.name.endswith(".precision")]
+    genes |= dict.fromkeys(changing[::2], "w8a8")
+    network = trained_network(data, space, space.parse(genes), 60)
+    assert {op.precision.name for op in network.ops} == {"fp32", "w8a8"}
+    with profiler.prepare(write_onnx(network, profiler, tmp_path / "model.onnx")) as session:
+        found = agreement(network, session, data.search_val)
+    assert torch_accuracy(network, data) > 0.7
+    assert found.same_class >= 0.97
+    assert found.largest_difference < 0.25 * found.logit_range
 
 
 def test_the_file_on_disk_is_the_checked_model_and_tells_its_ops(

@@ -8,33 +8,37 @@ from pathlib import Path
 import pytest
 
 import hwnas
-from hwnas.spaces.mobile import mobile_tiny
+from hwnas.spaces.registry import SPACES
 
 ROOT = Path(hwnas.__file__).parents[1]
-SPACES = ROOT / "hwnas" / "spaces"
+ROOM = ROOT / "hwnas" / "spaces"
 OUTSIDE = sorted(
     path
     for package in ("hwnas", "profilers", "latency_tables", "quant")
     for path in (ROOT / package).rglob("*.py")
-    if SPACES not in path.parents
+    if ROOM not in path.parents
 )
-LAYER_KINDS = {"conv", "linear", "activation", "pool", "add", "mul", "concat", "split", "shuffle"}
+LAYER_KINDS = {
+    "conv", "linear", "activation", "pool", "max_pool", "half", "add", "mul", "concat", "split",
+    "shuffle",
+}  # fmt: skip
 PRIVATE_MODULES = {"hwnas.spaces.blocks"}
 
 
 def _words_of_the_spaces() -> set[str]:
     """Every block's function, every layer's role that is no kind, every block gene's choice."""
     words = {"skip", "SKIP"}
-    tree = ast.parse((SPACES / "blocks.py").read_text())
+    tree = ast.parse((ROOM / "blocks.py").read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             words.add(node.name)
         if isinstance(node, ast.keyword) and node.arg == "role":
             assert isinstance(node.value, ast.Constant)
             words.add(str(node.value.value))
-    for gene in mobile_tiny(classes=10).genes:
-        if gene.name.endswith(".block"):
-            words.update(gene.choices)
+    for space in SPACES.values():
+        for gene in space(classes=10).genes:
+            if gene.name.endswith(".block"):
+                words.update(gene.choices)
     return words - LAYER_KINDS
 
 
@@ -79,7 +83,8 @@ def _is_kind(word: str) -> bool:
 
 def test_the_words_are_those_of_the_spaces() -> None:
     assert {"inverted_residual", "squeeze_excite", "expand", "depthwise", "project"} <= WORDS
-    assert {"skip", "k3e3", "k7e6"} <= WORDS
+    assert {"shuffle_unit", "basic_block", "bypass", "blend"} <= WORDS
+    assert {"skip", "k3e3", "k7e6", "k7", "xception"} <= WORDS
     assert not WORDS & LAYER_KINDS
 
 
@@ -98,6 +103,7 @@ def test_the_words_are_those_of_the_spaces() -> None:
         "def f(skip): ...",
         "names = {'project': 1}",
         "x = f'{a} k7e3'",
+        "if gene == 'xception': pass",
     ],
 )
 def test_code_that_names_a_kind_is_found(code: str) -> None:

@@ -78,7 +78,10 @@ def test_a_function_that_is_not_in_the_file_is_named(own: Path, function: str) -
 
 
 def test_the_presets_are_meant_for_the_sizes_that_the_documents_state() -> None:
-    assert {name: image_size(name) for name in SPACES} == {"mobile-tiny": 32, "mobile": 224}
+    assert {name: image_size(name) for name in SPACES} == {
+        "mobile-tiny": 32, "shufflenet-tiny": 32, "resnet-tiny": 32,
+        "mobile": 224, "shufflenet": 224, "resnet18": 224, "resnet34": 224,
+    }  # fmt: skip
 
 
 def test_a_space_of_ones_own_is_meant_for_the_default_of_its_size(tmp_path: Path) -> None:
