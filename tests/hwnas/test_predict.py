@@ -205,6 +205,21 @@ def test_a_low_bit_network_is_predicted_as_the_one_that_runs_in_its_place(
     assert [op.key for op in found.ops] == [op.key for op in ops], "told as what they are"
 
 
+def test_the_ops_of_a_low_bit_file_are_read_from_it(tmp_path: Path) -> None:
+    """Packed weights and all; the file of other bits is not taken for it."""
+    _, space = low_bit_spaces()
+    ops = space.lower(UniformSampler(space).sample(np.random.default_rng(1)))
+    path = tmp_path / "model.onnx"
+    model = model_of(ops)
+    path.write_bytes(model.SerializeToString())
+    assert ops_of_onnx(path) == list(ops)
+    (packed, *_) = [n for n in model.graph.node if n.op_type == "Gather"]
+    model.graph.node.remove(packed)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(InvalidInput, match="was changed after its export"):
+        ops_of_onnx(path)
+
+
 # ---- which table, which model
 
 

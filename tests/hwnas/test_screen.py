@@ -197,7 +197,7 @@ def shortened(told: dict[str, Any]) -> dict[str, Any]:
     def short(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: short(inner) for name, inner in list(value.items())}
-        return [short(value[0])] if isinstance(value, list) else value
+        return [short(each) for each in value[:1]] if isinstance(value, list) else value
 
     return {name: short(value) for name, value in told.items()}
 
