@@ -6,9 +6,9 @@ some limits it is searched three times, with as many evaluations each: with all 
 fp32 alone and with w8a8 alone, in spaces that share its weights. The best network of each search is
 retrained, all of them in the same way, exported, measured, and scored on TEST.
 
-A front's hypervolume is taken from the reference point, `LEAST_ACCURACY` at 1.05 times the largest
-limit, and divided by the distance from the smallest limit to it: accuracy above the reference in
-the mean over limits. Its difference from that of the better uniform precision, seed by seed, has a
+A front's hypervolume is the area that it dominates above `LEAST_ACCURACY`, from the smallest limit
+to 1.05 times the largest, divided by that distance: the accuracy above the reference that it has in
+the mean over latencies. Its difference from that of the better uniform precision, seed by seed, has a
 95 % t interval.
 
 Band: the interval of that difference does not lie below zero: a search that may mix precisions
@@ -192,16 +192,14 @@ def integer_share(ops):
 # ---- fronts
 
 
-def hypervolume(points, latency, least):
-    """The area that points (latency, accuracy) dominate, up to a latency and above an accuracy."""
-    area, best, start = 0.0, least, 0.0
+def hypervolume(points, first, last, least):
+    """The area that points (latency, accuracy) dominate between two latencies, above an accuracy."""
+    area, best, start = 0.0, least, first
     for time, right in sorted(points):
-        if time >= latency:
-            break
-        if right > best:
-            area += (best - least) * (time - start)
-            start, best = time, right
-    return area + (best - least) * (latency - start)
+        if time < last and right > best:
+            area += (best - least) * (max(time, first) - start)
+            start, best = max(time, first), right
+    return area + (best - least) * (last - start)
 
 
 def compared(rows, limits):
@@ -215,7 +213,10 @@ def compared(rows, limits):
             for seed in seeds
         ]  # fmt: skip
         return np.array(
-            [hypervolume(front, most, LEAST_ACCURACY) / (most - limits[0]) for front in fronts]
+            [
+                hypervolume(front, limits[0], most, LEAST_ACCURACY) / (most - limits[0])
+                for front in fronts
+            ]
         )
 
     found = {mode: volumes(mode) for mode in MODES}
