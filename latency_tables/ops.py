@@ -264,7 +264,7 @@ class OpSpec:
                 shapes[index] = layer.weight_shape(width)
         return shapes
 
-    def is_depthwise(self, index: int) -> bool:
+    def is_channelwise(self, index: int) -> bool:
         """Whether layer `index` convolves every channel alone."""
         layer = self.layers[index]
         alone = layer.kind == "conv" and 1 < layer.groups == layer.channels

@@ -154,8 +154,8 @@ class OpModule(nn.Module):
 
     def layer_precision(self, index: int) -> Precision:
         """What the weight of layer `index` is rounded to."""
-        depthwise = self.op.is_depthwise(index)
-        return self.runtime.layer_precision(self.op.precision, depthwise=depthwise)
+        alone = self.op.is_channelwise(index)
+        return self.runtime.layer_precision(self.op.precision, channelwise=alone)
 
     def folded(self) -> "FoldedOp":
         """The op as its file computes it, norms folded; it shares the quantisers."""

@@ -189,18 +189,18 @@ class Runtime:
         """Whether any CPU computes its files exactly."""
         return self == self.portable
 
-    def layer_precision(self, precision: Precision, *, depthwise: bool) -> Precision:
-        """What a layer of an op of `precision` is rounded to: a depthwise convolution adds no two
-        products at once, any other layer has codes of at most `dense_weight_bits`. DoReFa's codes
-        are odd numbers, which take a bit more.
+    def layer_precision(self, precision: Precision, *, channelwise: bool) -> Precision:
+        """What a layer of an op of `precision` is rounded to: a convolution of each channel alone
+        adds no two products at once, any other layer has codes of at most `dense_weight_bits`.
+        DoReFa's codes are odd numbers, which take a bit more.
 
-        >>> ONNXRUNTIME.portable.layer_precision(Precision("w8a8"), depthwise=False)
+        >>> ONNXRUNTIME.portable.layer_precision(Precision("w8a8"), channelwise=False)
         Precision(name='w7a8')
-        >>> ONNXRUNTIME.portable.layer_precision(Precision("w8a8"), depthwise=True)
+        >>> ONNXRUNTIME.portable.layer_precision(Precision("w8a8"), channelwise=True)
         Precision(name='w8a8')
         """
         most = self.dense_weight_bits - (precision.is_pact and self.dense_weight_bits < 8)
-        if depthwise or not precision.is_integer or precision.weight_bits <= most:
+        if channelwise or not precision.is_integer or precision.weight_bits <= most:
             return precision
         scheme = "pact-" if precision.is_pact else ""
         return Precision(f"{scheme}w{most}a{precision.activation_bits}")

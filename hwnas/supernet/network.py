@@ -156,7 +156,7 @@ class Supernet(nn.Module):
         def weighted(index: int, layer: Layer, source: Tensor) -> Tensor:
             shared = self._layer(placed, layer)
             precision = self.runtime.layer_precision(
-                placed.op.precision, depthwise=placed.op.is_depthwise(index)
+                placed.op.precision, channelwise=placed.op.is_channelwise(index)
             )
             result: Tensor = shared(source, layer, precision)
             if not layer.norm:

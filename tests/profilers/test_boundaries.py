@@ -115,8 +115,8 @@ OTHER_SPACES = {
     "resnet-tiny": (resnet_tiny(classes=10, precisions=BOTH), 12),
     "resnet18, all of it": (
         resnet(
-            "resnet", (ResnetStage(2, 64, 1), ResnetStage(2, 128), ResnetStage(1, 256)), classes=10, size=64,
-            precisions=BOTH, stem_precisions=BOTH, head_precisions=BOTH,
+            "resnet", (ResnetStage(2, 64, 1), ResnetStage(2, 128), ResnetStage(1, 256)),
+            classes=10, size=64, precisions=BOTH, stem_precisions=BOTH, head_precisions=BOTH,
         ),
         8,
     ),

@@ -334,14 +334,16 @@ def test_an_integer_graph_is_within_a_step_of_pytorch(
     """Two exact differences are allowed for. The graph's bias is rounded to the accumulator's grid
     (PyTorch's is not) and sums are ordered differently, so a value near a tie may take the
     neighbouring code (under 2 % of the values); where such a code lies inside the block, the
-    convolutions after it may carry it one step further (one, or under 0.1 %; never beyond 2 steps).
+    convolutions after it may carry it one step further (one, or under 0.1 % for each convolution
+    after the second; never beyond 2 steps).
     """
     op = block(tensor(kind), W8A8, function)
     model, (parameters,), feed, reference = both(trained, [op])
     wanted, found = steps(op, parameters, reference, run(model, feed.graph, SIMULATION))
     away = np.abs(found - wanted)
     assert away.max() < 2.5
-    assert (away > 1.5).sum() <= max(1, 0.001 * away.size)
+    after = sum(layer.kind == "conv" for layer in op.layers) - 2
+    assert (away > 1.5).sum() <= max(1, 0.001 * after * away.size)
     assert (away > 0.5).mean() <= 0.02
     assert np.ptp(wanted) > 60, "the images must reach a good part of the grid"
 

@@ -93,7 +93,7 @@ def test_sixteen_bits_hold_two_products_of_codes_up_to_64() -> None:
 def test_the_worst_sums_of_dense_layers_are_exact_in_portable_files_alone(runtime: Runtime) -> None:
     seen = 0
     for op, index, _, codes in layers_and_codes(loudest(runtime)):
-        if op.is_depthwise(index):
+        if op.is_channelwise(index):
             continue
         flat = codes.reshape(len(codes), -1)
         worst = np.full(flat.shape[1], 255, np.uint8)
@@ -109,12 +109,12 @@ def test_dense_codes_end_at_63_and_depthwise_ones_where_their_bits_do(name: str)
     torch.manual_seed(0)
     found = {True: set(), False: set()}
     for op, index, _, codes in layers_and_codes(Network(ops(precision), PORTABLE)):
-        found[op.is_depthwise(index)].add(int(np.abs(codes).max()))
+        found[op.is_channelwise(index)].add(int(np.abs(codes).max()))
     top = 2 ** (precision.weight_bits - 1) - 1
     assert found == {True: {top}, False: {min(top, 63)}}
 
 
-def test_a_layer_is_depthwise_only_where_every_channel_is_convolved_alone() -> None:
+def test_a_layer_is_channelwise_only_where_every_channel_is_convolved_alone() -> None:
     """Groups of two channels, and one channel in all, are sums of neighbours too."""
     for channels_in, channels, groups, alone in (
         (8, 8, 8, True), (8, 8, 4, False), (8, 8, 1, False), (1, 1, 1, False), (8, 16, 8, False),
@@ -123,8 +123,8 @@ def test_a_layer_is_depthwise_only_where_every_channel_is_convolved_alone() -> N
         builder = OpBuilder(W8A8, Tensor(channels_in, 4, 4))
         builder.conv(0, channels, kernel=3, groups=groups, role="conv")
         op = builder.build()
-        assert op.is_depthwise(0) == alone
-        kept = PORTABLE.layer_precision(W8A8, depthwise=op.is_depthwise(0))
+        assert op.is_channelwise(0) == alone
+        kept = PORTABLE.layer_precision(W8A8, channelwise=op.is_channelwise(0))
         assert kept == (W8A8 if alone else Precision("w7a8"))
 
 
@@ -132,19 +132,19 @@ def test_dorefas_odd_codes_take_a_bit_more() -> None:
     """2^bits levels in steps of two: codes up to 2^bits - 1."""
     for bits in range(1, 9):
         precision = Precision(f"pact-w{bits}a4")
-        held = PORTABLE.layer_precision(precision, depthwise=False)
+        held = PORTABLE.layer_precision(precision, channelwise=False)
         assert held.is_pact
         assert held.activation_bits == 4
         assert held.weight_bits == min(bits, 6)
         assert 2**held.weight_bits - 1 <= 64
-        assert ONNXRUNTIME.layer_precision(precision, depthwise=False) == precision
+        assert ONNXRUNTIME.layer_precision(precision, channelwise=False) == precision
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16", "w2a8", "w7a4"])
 def test_what_is_exact_anyway_stays_as_it_is(name: str) -> None:
     precision = Precision(name)
     for runtime in (ONNXRUNTIME, PORTABLE, TENSORRT):
-        assert runtime.layer_precision(precision, depthwise=False) is precision
+        assert runtime.layer_precision(precision, channelwise=False) is precision
 
 
 def test_a_table_is_the_same_for_portable_files() -> None:
