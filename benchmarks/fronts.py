@@ -8,8 +8,8 @@ retrained, all of them in the same way, exported, measured, and scored on TEST.
 
 A front's hypervolume is the area that it dominates above `LEAST_ACCURACY`, from the smallest limit
 to 1.05 times the largest, divided by that distance: the accuracy above the reference that it has in
-the mean over latencies. Its difference from that of the better uniform precision, seed by seed, has a
-95 % t interval.
+the mean over latencies. Its difference from that of the better uniform precision, seed by seed, has
+a 95 % t interval.
 
 Band: the interval of that difference does not lie below zero: a search that may mix precisions
 loses nothing that can be told from chance. Above zero it is a gain; a gain is not asked for.
@@ -193,7 +193,7 @@ def integer_share(ops):
 
 
 def hypervolume(points, first, last, least):
-    """The area that points (latency, accuracy) dominate between two latencies, above an accuracy."""
+    """The area that points (latency, accuracy) dominate above an accuracy, between latencies."""
     area, best, start = 0.0, least, first
     for time, right in sorted(points):
         if time < last and right > best:

@@ -25,8 +25,8 @@ from quant.precision import Grid, Precision, weight_top
 LEAST_SCALE = 1e-10
 """The smallest scale; a channel of zeros stays zeros."""
 
-TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-"""The types that values of a precision are cast through."""
+SHORT_FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+"""The types that values are cast through without a scale."""
 
 FP8_TOP = 448.0
 """The largest finite value of e4m3."""
@@ -161,14 +161,14 @@ def cast(value: Tensor, precision: Precision) -> Tensor:
     >>> cast(torch.tensor([1.0, 1 / 3]), Precision("fp8"))
     tensor([1.0000, 0.3214])
     """
-    kind = TYPES[precision.name]
     with torch.no_grad():
         if precision.name == "fp8":
-            low, high = torch.aminmax(value)
+            held = value if _is_dense(value) else value.contiguous()
+            low, high = torch.aminmax(held)
             scale = torch.maximum(-low, high).clamp_(min=LEAST_SCALE).div_(FP8_TOP)
-            rounded = (value / scale).to(kind).to(value.dtype).mul_(scale)
-        else:
-            rounded = value.to(kind).to(value.dtype)
+            rounded = _in_fp8(_flat(held), scale).as_strided(held.size(), held.stride())
+        else:  # not compiled, for a compiler leaves out a cast and the cast back
+            rounded = value.to(SHORT_FLOATS[precision.name]).to(value.dtype)
     return _straight(value, rounded)
 
 
@@ -194,6 +194,11 @@ def _straight(value: Tensor, rounded: Tensor) -> Tensor:
 @Kernel
 def _on_grid(value: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     return (value / scale).clamp_(low, high).round_().mul_(scale)  # type: ignore[arg-type]
+
+
+@Kernel
+def _in_fp8(value: Tensor, scale: Tensor) -> Tensor:
+    return (value / scale).to(torch.float8_e4m3fn).to(value.dtype).mul_(scale)
 
 
 def _parts(
@@ -283,4 +288,4 @@ def _is_dense(value: Tensor) -> bool:
 def _flat(value: Tensor) -> Tensor:
     """The values in one dimension; no view, for a compiled kernel would be tied to its base."""
     storage, first = value.untyped_storage(), value.storage_offset()
-    return torch.empty(0).set_(storage, first, (value.numel(),), (1,))
+    return value.detach().new_empty(0).set_(storage, first, (value.numel(),), (1,))

@@ -20,7 +20,7 @@ SMALLEST = 2**15
 
 PAYS_AFTER = 2**31
 """Values after which a kernel is compiled: the time that compiling them would have saved by then is
-about the time that compiling takes (3 ns a value for LSQ's gradients; 6 to 9 s on one core)."""
+about the time that compiling takes (3 ns a value for LSQ's gradients; 5 to 10 s on one core)."""
 
 SWITCH = "HWNAS_COMPILE"
 

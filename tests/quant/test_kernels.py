@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from quant import fakequant, kernels
-from quant.fakequant import fake_quantise_activation
+from quant.fakequant import cast, fake_quantise_activation
 from quant.kernels import SMALLEST, Kernel
-from quant.precision import ONNXRUNTIME, TENSORRT, Grid
+from quant.precision import ONNXRUNTIME, TENSORRT, Grid, Precision
 
 SHAPES = [(4, 32, 17, 19), (300, 128), (SMALLEST,)]
 GRIDS = [
@@ -27,7 +27,7 @@ GRIDS = [
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels that were never used, in a process where compiling has not failed."""
     monkeypatch.setattr(Kernel, "possible", True)
-    for name in ("_on_grid", "_lsq_gradients", "_pact_gradients"):
+    for name in ("_on_grid", "_lsq_gradients", "_pact_gradients", "_in_fp8"):
         monkeypatch.setattr(fakequant, name, Kernel(getattr(fakequant, name).function))
     torch.compiler.reset()
     yield
@@ -75,9 +75,16 @@ def test_compiled_quantisers_give_the_same_bits_in_one_graph_each(
             found.append(results(*case))
         for compiled, plain in zip(*found, strict=True):
             assert torch.equal(compiled.view(torch.int32), plain.view(torch.int32)), case
+    for seed, shape in enumerate(SHAPES):
+        value = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 10.0**seed
+        casts = []
+        for switch in ("1", "0"):
+            monkeypatch.setenv(kernels.SWITCH, switch)
+            casts.append(cast(value, Precision("fp8")).view(torch.int32))
+        assert torch.equal(*casts), shape
     assert Kernel.possible
     counted = torch._dynamo.utils.counters["stats"]
-    assert counted["unique_graphs"] == 3  # rounding, LSQ's gradients, PACT's
+    assert counted["unique_graphs"] == 4  # rounding, LSQ's gradients, PACT's, fp8
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
