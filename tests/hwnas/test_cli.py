@@ -505,8 +505,7 @@ def test_spaces_counts_what_a_brute_force_counts(tmp_path: Path, hwnas_in: Comma
     assert presets.code == 0
     assert [line.split()[0] for line in presets.out.splitlines()] == [
         "space",
-        "mobile-tiny",
-        "mobile",
+        *SPACES,
     ]
 
 
