@@ -39,14 +39,14 @@ from quant.errors import InvalidInput
 
 PRECISIONS = ("fp32", "w8a8")
 MODES = {"mixed": PRECISIONS, "fp32": ("fp32",), "w8a8": ("w8a8",)}
-LIMITS = 5
+LIMITS = 4
 SIZE = 24
 LEAST_ACCURACY = 0.7
 RECIPE = {
     "name": "quick",
-    "supernet": {"steps": 1000, "batch": 64},
-    "retrain": {"steps": 100, "batch": 64},
-    "evaluations": 32,
+    "supernet": {"steps": 600, "batch": 64},
+    "retrain": {"steps": 250, "batch": 64, "learning_rate": 0.01},
+    "evaluations": 24,
     "population": 8,
     "recalibration_images": 128,
     "validation_images": 512,
