@@ -20,8 +20,8 @@ setup: $(STAMP) ## make .venv and install hwnas with the tested versions
 demo: $(STAMP) ## from nothing to a measured model under a limit on this CPU
 	$(BIN)/hwnas search --data digits --limit-fraction 0.5 --tables demo/tables --run demo/run
 
-test: $(STAMP) ## the default test suite
-	$(BIN)/python -m pytest
+test: $(STAMP) ## the default test suite, in two processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(STAMP) ## ruff, mypy, the import floors, doctests
 	$(BIN)/ruff check .
