@@ -49,10 +49,12 @@ from hwnas.search.random import RandomSearch
 from hwnas.spaces.base import Architecture, Choice, Position, SearchSpace, State
 from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
 from hwnas.spaces.mobile import Stage, mobile
+from hwnas.spaces.resnet import Stage as Stages
+from hwnas.spaces.resnet import resnet
 from hwnas.supernet.evaluator import Evaluator
 from hwnas.supernet.network import Supernet
 from hwnas.supernet.trainer import train_supernet
-from latency_tables.ops import OpBuilder, Tensor, total
+from latency_tables.ops import Tensor, total
 from profilers.build import quiet
 from profilers.modules import Network
 from quant.precision import Precision
@@ -182,30 +184,10 @@ def sliced_space():
 
 def bits_space(names):
     """A ResNet of three blocks, six convolutions beside the shortcuts; stem and head are float."""
-    stem = partial(conv_norm_activation, channels=16, kernel=3, precision=FP32)
-    head = partial(classifier, channels=64, classes=10, precision=FP32)
-    middle = [
-        Position(f"block{number}", {"precision": names}, residual(channels, stride))
-        for number, (channels, stride) in enumerate(((16, 1), (32, 2), (32, 1)))
-    ]
-    positions = (fixed("stem", stem), *middle, fixed("head", head))
-    return SearchSpace("bits", Tensor(1, SIZE, SIZE), positions, 10)
-
-
-def residual(channels, stride):
-    """ResNet's basic block (He et al. 2016, figure 5), at the precision that is chosen."""
-
-    def build(state, values):
-        op = OpBuilder(Precision(values["precision"]), state.tensor)
-        value = op.relu(op.conv(0, channels, kernel=3, stride=stride, role="first"))
-        value, shortcut = op.conv(value, channels, kernel=3, role="second"), 0
-        if stride > 1 or state.tensor.channels != channels:
-            shortcut = op.conv(0, channels, stride=stride, role="shortcut")
-        op.relu(op.add(value, shortcut))
-        built = op.build()
-        return Choice(built, State(built.output))
-
-    return build
+    return resnet(
+        "bits", (Stages(1, 16, 1), Stages(2, 32)), classes=10, size=SIZE, image_channels=1,
+        pooled=False, stem_channels=16, multipliers=(1.0,), precisions=names,
+    )  # fmt: skip
 
 
 # ---- what runs in a process of its own
