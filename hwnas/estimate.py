@@ -12,7 +12,7 @@ from hwnas.costs.limits import Limit
 from hwnas.costs.samplers import UniformSampler
 from hwnas.history import History
 from hwnas.job import Job
-from hwnas.loop import is_answered, read_finalists, result_name, searches
+from hwnas.loop import is_answered, read_finalists, result_name, searches, settled
 from hwnas.ship import weights_of
 from hwnas.store import Run
 from hwnas.supernet.network import Supernet
@@ -55,6 +55,7 @@ def estimate(job: Job, run: Run, limits: Sequence[Limit]) -> Estimate:
 def _left(job: Job, run: Run, limits: Sequence[Limit]) -> tuple[int, int]:
     """Architectures still to be scored, and finalists still to be trained."""
     recipe, result = job.recipe, run.result(result_name(job, limits))
+    limits = settled(job, result, limits)
     if is_answered(job, result, limits):
         if (result / "certificate.json").exists():
             return 0, 0

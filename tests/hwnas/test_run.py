@@ -436,6 +436,7 @@ def test_an_answer_stays_as_it_is_when_its_measurements_raise_the_bound(
         summary = hwnas.run.search_to_certificate(job, run, [job.latency_limit(value)])
     later = job_in(tmp_path)
     assert later.model.upper_ratio > job.model.upper_ratio
+    assert hwnas.run.estimate(later, run, [later.latency_limit(value)]).minutes == 0
     monkeypatch.setattr("hwnas.loop.run_strategy", None)
     monkeypatch.setattr("hwnas.ship.measure", None)
     again = hwnas.run.search_to_certificate(later, run, [later.latency_limit(value)])
