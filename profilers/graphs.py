@@ -526,13 +526,15 @@ class _Writer:
         codes = self.codes(whose or label, parameters.limits[index], grid)
         if quantiser.bits == CODE_BITS:
             self.node("QuantizeLinear", label, [value, codes.scale, codes.zero_point])
-        else:  # below the lowest code, 0, the bytes saturate by themselves
-            wide = self.node(
-                "QuantizeLinear", f"{label}.wide", [value, codes.scale, codes.zero_point]
-            )
-            top = self.constant(f"{label}.top", np.uint8(grid.high - grid.low))
-            self.node("Clip", label, [wide, "", top])
+        else:
+            self.quantise_low(label, value, codes, grid)
         return replace(codes, name=label)
+
+    def quantise_low(self, label: str, value: str, codes: _Codes, grid: Grid) -> None:
+        """Codes of fewer bits: below the lowest, 0, the bytes saturate by themselves."""
+        wide = self.node("QuantizeLinear", f"{label}.wide", [value, codes.scale, codes.zero_point])
+        top = self.constant(f"{label}.top", np.uint8(grid.high - grid.low))
+        self.node("Clip", label, [wide, "", top])
 
     def codes(self, name: str, limit: float, grid: Grid) -> _Codes:
         step = float(np.float32(limit) / np.float32(grid.top))
@@ -621,26 +623,13 @@ class _TensorRTWriter(_Writer):
             self.constant(f"{label}.bias", weights.bias),
         )
 
-    def quantise(
-        self,
-        label: str,
-        value: str,
-        op: OpSpec,
-        parameters: OpParameters,
-        index: int,
-        whose: str = "",
-    ) -> _Codes:
-        quantiser = op.quantisers[index]
-        grid = self.runtime.grid(quantiser.bits, signed=quantiser.signed)
-        codes = self.codes(whose or label, parameters.limits[index], grid)
-        if quantiser.bits < CODE_BITS:
-            ends = [
-                self.constant(f"{label}.{end}", np.float32(code * codes.step))
-                for end, code in (("low", grid.low), ("high", grid.high))
-            ]
-            value = self.node("Clip", f"{label}.clipped", [value, *ends])
-        self.node("QuantizeLinear", label, [value, codes.scale, codes.zero_point])
-        return replace(codes, name=label)
+    def quantise_low(self, label: str, value: str, codes: _Codes, grid: Grid) -> None:
+        ends = [
+            self.constant(f"{label}.{end}", np.float32(code * codes.step))
+            for end, code in (("low", grid.low), ("high", grid.high))
+        ]
+        clipped = self.node("Clip", f"{label}.clipped", [value, *ends])
+        self.node("QuantizeLinear", label, [clipped, codes.scale, codes.zero_point])
 
     def move(
         self, kind: str, label: str, source: str | _Codes, *inputs: str, **attributes: Any

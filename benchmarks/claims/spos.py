@@ -47,9 +47,10 @@ from hwnas.retrain import retrain
 from hwnas.search.evolution import Evolution
 from hwnas.search.random import RandomSearch
 from hwnas.spaces.base import Architecture, Choice, Position, SearchSpace, State
-from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
+from hwnas.spaces.blocks import classifier, inverted_residual
 from hwnas.spaces.mobile import Stage, mobile
-from hwnas.spaces.resnet import Stage as Stages
+from hwnas.spaces.parts import Stage as Stages
+from hwnas.spaces.parts import conv_stem, one_op
 from hwnas.spaces.resnet import resnet
 from hwnas.supernet.evaluator import Evaluator
 from hwnas.supernet.network import Supernet
@@ -126,24 +127,16 @@ def measure(*, reduced: bool):
 
 def chain(name, layers, blocks):
     """A stem, layers of (channels, stride) with a block to choose each, and a head."""
-    stem = partial(conv_norm_activation, channels=16, kernel=3, precision=FP32)
-    head = partial(classifier, channels=64, classes=10, precision=FP32)
+    stem = conv_stem(16, 1, ("fp32",))
+    head = one_op(
+        "head", ("fp32",), lambda x, precision: classifier(x, 64, 10, precision=precision)
+    )
     middle = [
         Position(f"layer{number}", {"block": tuple(blocks)}, block(blocks, channels, stride))
         for number, (channels, stride) in enumerate(layers)
     ]
-    positions = (fixed("stem", stem), *middle, fixed("head", head))
+    positions = (stem, *middle, head)
     return SearchSpace(name, Tensor(1, SIZE, SIZE), positions, 10)
-
-
-def fixed(name, op):
-    """A position without a choice."""
-
-    def build(state, _values):
-        built = op(state.tensor)
-        return Choice(built, State(built.output))
-
-    return Position(name, {}, build)
 
 
 def block(blocks, channels, stride):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hwnas.spaces.base import Build, Choice, Position, SearchSpace, State
-from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
-from hwnas.spaces.parts import one_op
+from hwnas.spaces.blocks import classifier, inverted_residual
+from hwnas.spaces.parts import conv_stem, one_op
 from latency_tables.ops import Tensor
 from quant.errors import InvalidInput
 from quant.precision import Precision
@@ -53,15 +53,7 @@ def mobile(
     blocks = {f"k{kernel}e{expansion}": (kernel, expansion) for kernel, expansion in kinds}
     if skip:
         _refuse_ambiguous(name, stages)
-    positions = [
-        one_op(
-            "stem",
-            stem_precisions,
-            lambda tensor, precision: conv_norm_activation(
-                tensor, stem_channels, kernel=3, stride=stem_stride, precision=precision
-            ),
-        )
-    ]
+    positions = [conv_stem(stem_channels, stem_stride, stem_precisions)]
     number = 0
     for stage in stages:
         for index in range(stage.blocks):

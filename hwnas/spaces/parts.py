@@ -1,11 +1,33 @@
 """What several spaces are made of."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hwnas.spaces.base import Choice, Position, State
+from hwnas.spaces.blocks import conv_norm_activation
 from latency_tables.ops import OpSpec, Tensor
 from quant.precision import Precision
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Blocks of one output width; the first has the stride. Multiples of 16 suit vector units best,
+    of `channels` and of what a block makes of them, such as a half.
+    """
+
+    blocks: int
+    channels: int
+    stride: int = 2
+
+
+def conv_stem(channels: int, stride: int, precisions: Sequence[str]) -> Position:
+    """A 3 x 3 convolution of the images, which chooses its precision."""
+
+    def write(tensor: Tensor, precision: Precision) -> OpSpec:
+        return conv_norm_activation(tensor, channels, kernel=3, stride=stride, precision=precision)
+
+    return one_op("stem", precisions, write)
 
 
 def one_op(

@@ -5,12 +5,11 @@ in fp32, and every block chooses the bits of its weights and activations, and it
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from hwnas.spaces.base import Build, Choice, Position, SearchSpace, State
 from hwnas.spaces.blocks import basic_block, conv_norm_activation, pooled_classifier, pooled_stem
-from hwnas.spaces.parts import one_op, rounded_widths
+from hwnas.spaces.parts import Stage, one_op, rounded_widths
 from latency_tables.ops import OpSpec, Tensor
 from quant.precision import Precision
 
@@ -20,15 +19,6 @@ training begins with the first."""
 
 MULTIPLIERS = (0.5, 0.75, 1.0)
 """Inner widths, as multiples of the block's output width."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Blocks of one output width; the first has the stride."""
-
-    blocks: int
-    channels: int
-    stride: int = 2
 
 
 def resnet(
@@ -72,42 +62,22 @@ def resnet(
 
 
 def resnet18(
-    *,
-    classes: int,
-    image_channels: int = 3,
-    size: int = 224,
-    multipliers: Sequence[float] = MULTIPLIERS,
-    precisions: Sequence[str] = PRECISIONS,
+    *, classes: int, image_channels: int = 3, size: int = 224, **options: Any
 ) -> SearchSpace:
-    """ResNet-18: two blocks in each of four stages of 64 to 512 channels."""
+    """ResNet-18: two blocks in each of four stages of 64 to 512 channels; options of `resnet`."""
+    stages = _photo_stages(2, 2, 2, 2)
     return resnet(
-        "resnet18",
-        _photo_stages(2, 2, 2, 2),
-        classes=classes,
-        size=size,
-        image_channels=image_channels,
-        multipliers=multipliers,
-        precisions=precisions,
+        "resnet18", stages, classes=classes, size=size, image_channels=image_channels, **options
     )
 
 
 def resnet34(
-    *,
-    classes: int,
-    image_channels: int = 3,
-    size: int = 224,
-    multipliers: Sequence[float] = MULTIPLIERS,
-    precisions: Sequence[str] = PRECISIONS,
+    *, classes: int, image_channels: int = 3, size: int = 224, **options: Any
 ) -> SearchSpace:
-    """ResNet-34: 3, 4, 6 and 3 blocks in stages of 64 to 512 channels."""
+    """ResNet-34: 3, 4, 6 and 3 blocks in stages of 64 to 512 channels; options of `resnet`."""
+    stages = _photo_stages(3, 4, 6, 3)
     return resnet(
-        "resnet34",
-        _photo_stages(3, 4, 6, 3),
-        classes=classes,
-        size=size,
-        image_channels=image_channels,
-        multipliers=multipliers,
-        precisions=precisions,
+        "resnet34", stages, classes=classes, size=size, image_channels=image_channels, **options
     )
 
 

@@ -5,12 +5,11 @@ As its authors released it: 20 choice blocks, each of four kinds, and a width be
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from hwnas.spaces.base import Build, Choice, Position, SearchSpace, State
-from hwnas.spaces.blocks import classifier, conv_norm_activation, shuffle_unit, xception_unit
-from hwnas.spaces.parts import one_op, rounded_widths
+from hwnas.spaces.blocks import classifier, shuffle_unit, xception_unit
+from hwnas.spaces.parts import Stage, conv_stem, one_op, rounded_widths
 from latency_tables.ops import OpSpec, Tensor
 from quant.precision import Precision
 
@@ -21,17 +20,6 @@ KINDS = (*KERNELS, DEEP)
 
 MULTIPLIERS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6)
 """The middle widths of the channel search, as multiples of half the block's output width."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Blocks of one output width; the first has the stride. Halves of `channels` that are multiples
-    of 16 suit vector units best.
-    """
-
-    blocks: int
-    channels: int
-    stride: int = 2
 
 
 def shufflenet(
@@ -56,15 +44,7 @@ def shufflenet(
     Each block chooses its kind, its middle width (in multiples of `multiple`) and its precision.
     With `multipliers=(1.0,)` and one precision it is the search for blocks alone.
     """
-    positions = [
-        one_op(
-            "stem",
-            stem_precisions,
-            lambda tensor, precision: conv_norm_activation(
-                tensor, stem_channels, kernel=3, stride=stem_stride, precision=precision
-            ),
-        )
-    ]
+    positions = [conv_stem(stem_channels, stem_stride, stem_precisions)]
     for stage in stages:
         widths = rounded_widths(stage.channels // 2, multipliers, multiple)
         for index in range(stage.blocks):
