@@ -28,7 +28,7 @@ _PUBLIC = {
     "search_to_certificate": "hwnas.run",
 }
 
-_ROOMS = ("bundle", "config", "listing", "predict", "quality", "run")
+_ROOMS = ("bundle", "config", "engines", "listing", "predict", "quality", "run")
 
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -13,6 +13,7 @@ from hwnas.flags import (
     AsJson,
     Batch,
     Bundle,
+    Capability,
     ConfigFile,
     Data,
     Device,
@@ -29,6 +30,7 @@ from hwnas.flags import (
     Method,
     Percentile,
     Portable,
+    Precisions,
     Quiet,
     Recipe,
     RunPath,
@@ -45,6 +47,7 @@ from hwnas.opening import (
     announce_profile,
     announce_recipe,
     check_bundle,
+    check_format,
     is_latency,
     latency_limits,
     opened_job,
@@ -65,6 +68,7 @@ from quant.errors import InvalidInput
 
 if TYPE_CHECKING:  # loaded when a command uses it (see hwnas/__init__.py): help must be quick
     import hwnas.bundle
+    import hwnas.engines
     import hwnas.listing
     import hwnas.predict
     import hwnas.run
@@ -85,6 +89,7 @@ _UsageError: Any = typer.BadParameter.__bases__[0]
 @app.command()
 def profile(
     space: Space = None,
+    precisions: Precisions = None,
     data: Data = None,
     image_size: ImageSize = None,
     device: Device = None,
@@ -148,6 +153,7 @@ def profile(
 @app.command()
 def train(
     space: Space = None,
+    precisions: Precisions = None,
     data: Data = None,
     image_size: ImageSize = None,
     device: Device = None,
@@ -192,6 +198,7 @@ def search(
     max_activation_mb: MaxActivationMb = None,
     fix: Fix = None,
     space: Space = None,
+    precisions: Precisions = None,
     data: Data = None,
     image_size: ImageSize = None,
     device: Device = None,
@@ -268,18 +275,28 @@ def retrain(
 def export(
     run: RunPath = None,
     tables: Tables = None,
-    format_: Annotated[str, typer.Option("--format", help="onnx.")] = "onnx",
+    format_: Annotated[
+        str, typer.Option("--format", help="onnx, or tensorrt (of a certified result).")
+    ] = "onnx",
+    capability: Capability = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Write the finalists of a run's newest result as files, and hold them against PyTorch.
 
-    Example: hwnas export --run runs/mobile-tiny-digits-cpu-1
+    With --format tensorrt, the engine of its certified network: for this machine's GPU, or for
+    compute capabilities that are named, which takes no GPU.
+
+    Example: hwnas export --format tensorrt --compute-capability sm89
     """
     with command(locals()) as screen:
-        if format_ != "onnx":
-            raise InvalidInput(f"--format is {format_!r}.", accepted="onnx")
+        check_format(format_, capability)
+        if format_ == "tensorrt":
+            with opened_result(run, tables, screen) as (job, _, result):
+                facts = hwnas.engines.export_engine(job, result, capability or ())
+            screen.done({"engine": facts}, hwnas.engines.engine_rows(facts))
+            return
         with opened_result(run, tables, screen) as (job, where, result):
             found = hwnas.run.export(job, where, result)
             rows = [
@@ -293,6 +310,9 @@ def export(
 @app.command()
 def verify(
     run: RunPath = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also tell where a TensorRT engine's time goes.")
+    ] = False,
     tables: Tables = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -317,12 +337,16 @@ def verify(
             "accuracy": content["accuracy"],
             "certificate": str(result / "certificate.json"),
         }
+        parts = hwnas.engines.layer_times(job, result) if layers else []
+        facts |= {"layers": [asdict(part) for part in parts]} if layers else {}
         rows = [
             *(("limit", f"{hwnas.run.limit_text(name, value)}: "
                         f"{'holds' if content['holds'][name] else 'DOES NOT HOLD'}")
               for name, value in content["limits"].items()),
             *hwnas.run.measured_rows(content),
             ("accuracy on TEST", f"{content['accuracy']['test']:.2%}"),
+            *((part.op or "between ops", f"{part.rescaled_us:.1f} us in {part.kernels} kernels")
+              for part in parts),
         ]  # fmt: skip
         screen.done(facts, rows)
 
@@ -337,6 +361,7 @@ def predict(
         str | None, typer.Option(help="Which of the table's latency models.")
     ] = None,
     space: Space = None,
+    precisions: Precisions = None,
     data: Data = None,
     image_size: ImageSize = None,
     device: Device = None,

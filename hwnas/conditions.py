@@ -7,7 +7,7 @@ from latency_tables.percentiles import MEDIAN, PERCENTILES
 
 LATENCY = "latency_ms"
 
-_NAME = re.compile(r"latency(?:_p(\d+))?_ms(?:@(\w+))?")
+_NAME = re.compile(r"latency(?:_p(\d+))?_ms(?:@([\w-]+))?")
 
 
 @dataclass(frozen=True)

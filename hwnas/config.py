@@ -35,6 +35,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     space: str | None = None
+    precisions: list[str] | None = None
     data: str | None = None
     image_size: Annotated[int, Field(ge=4)] | None = None
     device: str | None = None

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 
 REQUEST = (
-    "space", "data", "image_size", "device", "threads", "batch", "portable", "method", "recipe",
-    "seed",
+    "space", "precisions", "data", "image_size", "device", "threads", "batch", "portable", "method",
+    "recipe", "seed",
 )  # fmt: skip
 """The flags that make a run what it is."""
 
@@ -36,6 +36,14 @@ Space = Annotated[
         ),
     ),
 ]
+Precisions = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="What blocks choose from, as fp16,w8a8. (default: the space's own)",
+        rich_help_panel=_WHAT,
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -55,9 +63,9 @@ ImageSize = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(
-        help="cpu, gpu or simulated. (default: cpu)",
+        help="cpu, gpu (TensorRT), gpu-torch (PyTorch) or simulated. (default: cpu)",
         rich_help_panel=_WHAT,
-        autocompletion=_names("cpu", "gpu", "simulated"),
+        autocompletion=_names("cpu", "gpu", "gpu-torch", "simulated"),
     ),
 ]
 Threads = Annotated[
@@ -142,6 +150,16 @@ FromBundle = Annotated[
     typer.Option(
         help="Measure nothing: make a table of what another machine measured (result.jsonl, or "
         "the folder with it).",
+        rich_help_panel=_ELSEWHERE,
+    ),
+]
+Capability = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--compute-capability",
+        metavar="SM",
+        help="With --format tensorrt: the card to build for, as sm89; any number. (default: this "
+        "machine's)",
         rich_help_panel=_ELSEWHERE,
     ),
 ]

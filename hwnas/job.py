@@ -29,7 +29,7 @@ from latency_tables.model import LatencyModel
 from latency_tables.ops import OpSpec
 from latency_tables.percentiles import MEDIAN
 from latency_tables.table import LatencyTable
-from profilers.base import Profiler
+from profilers.base import GRAPH, Profiler
 from profilers.build import (
     Progress,
     build_rows,
@@ -41,7 +41,7 @@ from profilers.build import (
     quiet,
     table_lock,
 )
-from profilers.devices import open_profiler
+from profilers.devices import open_profiler, protocol_of
 from profilers.graphs import emit, random_parameters
 from profilers.measure import Measurement, summarise
 from profilers.sizes import BASE_BYTES, file_bytes
@@ -62,7 +62,8 @@ LIMITS = {
 class Request:
     """What a run is asked to be of, and where things are kept.
 
-    Without `recipe` it is `quick` for digits, else `standard`; a mapping names a recipe and the
+    `precisions` are what blocks choose from, where they are not the space's own. Without `recipe`
+    it is `quick` for digits, else `standard`; a mapping names a recipe and the
     fields that differ. Without `image_size` it is the data's own, or what the space is meant for.
     `portable` asks for files that are exact on CPUs that need weights of 7 bits; the host's own may
     be one.
@@ -71,6 +72,7 @@ class Request:
     """
 
     space: str = "mobile-tiny"
+    precisions: Sequence[str] | None = None
     data: str = "digits"
     image_size: int | None = None
     device: str = "cpu"
@@ -109,7 +111,8 @@ class Job:
         self.progress = progress
         self.percentile = percentile
         self.recipe = recipe(
-            request.recipe or ("quick" if request.data == "digits" else "standard")
+            request.recipe or ("quick" if request.data == "digits" else "standard"),
+            protocol_of(request.device),
         )
         self.method = method(request.method)
         self._costs: dict[str, Cost] = {}
@@ -135,7 +138,11 @@ class Job:
         """The space, for the data's classes and images."""
         data = self.splits
         return load_space(
-            self.request.space, classes=data.classes, image_channels=data.channels, size=data.size
+            self.request.space,
+            classes=data.classes,
+            image_channels=data.channels,
+            size=data.size,
+            precisions=self.request.precisions,
         )
 
     @cached_property
@@ -227,6 +234,7 @@ class Job:
         return RunConfig(
             space=request.space,
             space_fingerprint=self.space.fingerprint,
+            precisions=list(request.precisions) if request.precisions else None,
             data=request.data,
             data_fingerprint=self.splits.fingerprint,
             image_size=self.splits.size,
@@ -259,6 +267,11 @@ class Job:
             return cost if cost.name == name else replace(cost, name=name)
         match name:
             case "size_mb":
+                if self.profiler.suffix != GRAPH:
+                    raise InvalidInput(
+                        "--max-size-mb is not known for an engine before it is built.",
+                        accepted="--max-params, or --device cpu, whose engine is the ONNX file",
+                    )
                 return size_cost(self.space, self._op_bytes(), BASE_BYTES)
             case _:
                 return counted_cost(self.space, name)
@@ -337,7 +350,9 @@ def request_fields(run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
     """A run's own fields; raises InvalidInput where one that was given contradicts them."""
     known = run.config.model_dump(exclude={"space_fingerprint", "data_fingerprint"})
     for name, value in given.items():
-        asked = recipe(value).model_dump() if name == "recipe" else value
+        asked = value
+        if name == "recipe":
+            asked = recipe(value, protocol_of(known["device"])).model_dump()
         if asked != known[name]:
             told, mine = (x["name"] if isinstance(x, dict) else x for x in (asked, known[name]))
             differs = f"is {mine}" if told != mine else f"differs from the plain {told} in a field"

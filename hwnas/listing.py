@@ -174,7 +174,9 @@ def _result(path: Path) -> dict[str, Any]:
         "limits": _object((certificate or finalists).get("limits")),
         "measured_ms": _object(certificate.get("measured")).get("median_ms"),
         "test": _object(certificate.get("accuracy")).get("test"),
-        "model": str(path / "model.onnx") if certificate else None,
+        "model": str(path / _object(certificate.get("engine")).get("file", "model.onnx"))
+        if certificate
+        else None,
     }
 
 

@@ -37,6 +37,8 @@ def opened_job(
     given contradicts it.
     """
     given = {name: flags[name] for name in REQUEST if flags.get(name) is not None}
+    if "precisions" in given:
+        given["precisions"] = [name.strip() for name in given["precisions"].split(",")]
     path, tables, limited = flags.get("run"), flags.get("tables"), {}
     fix = fixed_options(flags.get("fix"))
     if flags.get("config") is not None:
@@ -248,6 +250,16 @@ def check_bundle(bundle: Path | None, from_bundle: Path | None, name: str | None
         raise InvalidInput(
             "--from-bundle needs --name, and --name needs --from-bundle.",
             accepted="--from-bundle RESULT --name pi5",
+        )
+
+
+def check_format(format_: str, capability: Sequence[str] | None) -> None:
+    """Raise InvalidInput for a format that is none, and where a card is named for an ONNX file."""
+    if format_ not in ("onnx", "tensorrt"):
+        raise InvalidInput(f"--format is {format_!r}.", accepted="onnx, tensorrt")
+    if capability and format_ != "tensorrt":
+        raise InvalidInput(
+            "--compute-capability needs --format tensorrt.", accepted="both, or neither"
         )
 
 

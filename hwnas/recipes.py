@@ -29,6 +29,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
+DEFAULT_PROTOCOL = Protocol()
+
+
 class Part(BaseModel):
     """A part of a recipe: frozen, and no field that it does not know."""
 
@@ -152,7 +155,7 @@ class Recipe(Part):
     processes: Count = 5
     least_agreement: Annotated[float, Field(ge=0, le=1)] = 0.97
     calibration: CalibrationRecipe = CalibrationRecipe()
-    protocol: Protocol = Protocol()
+    protocol: Protocol = DEFAULT_PROTOCOL
 
 
 RECIPES = {
@@ -207,9 +210,12 @@ RECIPES = {
 hours; `smoke` trains nothing worth having, to try the path."""
 
 
-def recipe(asked: str | Mapping[str, Any] | Recipe) -> Recipe:
+def recipe(
+    asked: str | Mapping[str, Any] | Recipe, protocol: Protocol = DEFAULT_PROTOCOL
+) -> Recipe:
     """The recipe of a name, or of a name with fields that differ, such as
-    `{"name": "quick", "supernet": {"steps": 10}}`.
+    `{"name": "quick", "supernet": {"steps": 10}}`. Latencies are taken by `protocol`, but for the
+    fields of it that differ.
 
     Raises InvalidInput for a name that is not there, and with the path of a field that is wrong.
 
@@ -229,7 +235,8 @@ def recipe(asked: str | Mapping[str, Any] | Recipe) -> Recipe:
     if not isinstance(name, str) or name not in RECIPES:
         raise InvalidInput(f"--recipe is {name!r}.", accepted=", ".join(RECIPES))
     try:
-        found = Recipe.model_validate(_merged(RECIPES[name].model_dump(), fields))
+        known = RECIPES[name].model_copy(update={"protocol": protocol})
+        found = Recipe.model_validate(_merged(known.model_dump(), fields))
     except ValidationError as error:
         raise InvalidInput(f"recipe.{first_error(error)}.") from error
     for field, value in found.protocol.to_dict().items():

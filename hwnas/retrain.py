@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hwnas.batches import evaluation_batch, in_order
-from hwnas.data import Splits
+from hwnas.data import Images, Splits
 from hwnas.recipes import RetrainRecipe, TrainingRecipe
 from hwnas.spaces.floats import op_in_float
 from hwnas.training import Checkpoint, Teacher, train_steps
@@ -82,11 +82,16 @@ def recalibrate(
 
 def accuracy(network: Network, splits: Splits, *, batch: int | None = None) -> float:
     """The share of SEARCH-VAL images that a network in inference mode classifies rightly."""
+    return accuracy_on(network, splits.search_val, batch=batch)
+
+
+def accuracy_on(network: Network, images: Images, *, batch: int | None = None) -> float:
+    """The same of other images."""
     right = 0
     with torch.no_grad():
-        for x, y in in_order(splits.search_val, batch or evaluation_batch(splits.search_val)):
+        for x, y in in_order(images, batch or evaluation_batch(images)):
             right += int((network(x).argmax(1) == y).sum())
-    return right / len(splits.search_val)
+    return right / len(images)
 
 
 def save_weights(network: Network, path: Path) -> None:

@@ -51,6 +51,7 @@ from hwnas.ship import (
     is_stable,
     remeasure,
     retrain_finalists,
+    shipped_file,
     verify,
 )
 from hwnas.spaces.base import Architecture, SearchSpace
@@ -106,7 +107,7 @@ def search_to_certificate(job: Job, run: Run, limits: Sequence[Limit]) -> dict[s
         **feasible_range(feasible),
         **({"fixed": dict(fixed)} if (fixed := job.request.fixed) else {}),
         "method": {"name": job.method.name, "evidence": job.method.evidence},
-        "model": str(result / "model.onnx"),
+        "model": str(shipped_file(job, result)),
         "size_bytes": content["counts"]["size_bytes"],
         "notes": notes(
             job.space,

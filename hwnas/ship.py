@@ -9,13 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from hwnas.conditions import LATENCY, condition
 from hwnas.costs.feasible import reachable
 from hwnas.costs.limits import Limit
 from hwnas.export import certificate as certificates
-from hwnas.export.onnx_file import Agreement, accuracy, agreement, write_onnx
+from hwnas.export.onnx_file import Agreement, accuracy, agreement, write_engine, write_onnx
 from hwnas.job import Job, join, measure
 from hwnas.loop import Finalist, limits_name, read_finalists, result_name, values_of
 from hwnas.retrain import accuracy as torch_accuracy
@@ -28,6 +26,7 @@ from hwnas.training import Teacher
 from latency_tables.files import write_atomically, write_text
 from latency_tables.host import Host
 from latency_tables.ops import peak_activation_bytes, total
+from profilers.base import GRAPH
 from profilers.measure import Measurement
 from profilers.modules import Network
 from quant.errors import HwnasError, InvalidInput, Unstable
@@ -104,9 +103,13 @@ def weights_of(result: Path, number: int) -> Path:
     return result / f"finalist-{number}.pt"
 
 
+MODEL = "model.onnx"
+"""The graph of a result. Where the device runs an engine made of it, that has its suffix."""
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A finalist's file, and what it does on SEARCH-VAL."""
+    """The file of a finalist that the device runs, and what it does on SEARCH-VAL."""
 
     number: int
     path: Path
@@ -115,13 +118,14 @@ class Candidate:
 
 
 def export(job: Job, run: Run, result: Path) -> list[Candidate]:
-    """Write every finalist's ONNX file and hold it against its PyTorch network."""
+    """Write every finalist's files and hold what the device runs against its PyTorch network."""
     candidates = []
     for number, network in enumerate(retrain_finalists(job, run, result)):
-        path = result / f"finalist-{number}.onnx"
-        model = write_onnx(network, job.profiler, path)
+        graph = result / f"finalist-{number}{GRAPH}"
+        write_onnx(network, job.profiler, graph)
+        path = write_engine(job.profiler, graph)
         images = job.splits.search_val
-        with job.profiler.prepare(model) as session:
+        with job.profiler.prepare(path) as session:
             agreed = agreement(network, session, images.first(1000))
             right = accuracy(session, images)
         if agreed.same_class < job.recipe.least_agreement:
@@ -162,13 +166,16 @@ def verify(job: Job, run: Run, limits: Sequence[Limit]) -> dict[str, Any]:
         )
     shipped, measurement = max(under, key=lambda item: item[0].search_val)
     finalist = finalists[shipped.number]
-    for source, name in ((weights_of(result, shipped.number), "weights.pt"),
-                         (shipped.path, "model.onnx")):  # fmt: skip
-        write_atomically(result / name, partial(shutil.copyfile, source))
+    engine = shipped_file(job, result)
+    for source, target in (
+        (weights_of(result, shipped.number), result / "weights.pt"),
+        (shipped.path.with_suffix(GRAPH), result / MODEL),
+        (shipped.path, engine),
+    ):
+        write_atomically(target, partial(shutil.copyfile, source))
     architecture = job.space.describe(Architecture(finalist.genes))
     write_text(result / "architecture.json", json.dumps(architecture, indent=2) + "\n")
-    model = onnx.load(result / "model.onnx")
-    with job.profiler.prepare(model) as session, job.splits.final() as images:
+    with job.profiler.prepare(engine) as session, job.splits.final() as images:
         test = accuracy(session, images)
     content = _certificate(job, run, limits, finalist, shipped, measurement, test)
     certificates.write_certificate(result / "certificate.json", content)
@@ -180,7 +187,7 @@ def verify(job: Job, run: Run, limits: Sequence[Limit]) -> dict[str, Any]:
 def remeasure(job: Job, result: Path) -> dict[str, Any]:
     """Hold a certificate against its file once more: hash, latency in fresh processes, accuracy."""
     content = certificates.read_certificate(result / "certificate.json")
-    file = result / "model.onnx"
+    file = shipped_file(job, result)
     if not is_shipped(result, content):
         raise InvalidInput(
             f"{file} is not the file that its certificate describes.",
@@ -192,7 +199,7 @@ def remeasure(job: Job, result: Path) -> dict[str, Any]:
             next_step="profile and search on this one",
         )
     measured = _measured_under(job, content["limits"], [file])[0]
-    with job.profiler.prepare(onnx.load(file)) as session, job.splits.final() as images:
+    with job.profiler.prepare(file) as session, job.splits.final() as images:
         test = accuracy(session, images)
     return {
         **content,
@@ -216,11 +223,19 @@ def is_stable(certificate: Mapping[str, Any]) -> bool:
     return all(each["stable"] for each in measured)
 
 
+def shipped_file(job: Job, result: Path) -> Path:
+    """The file of a result that the device runs."""
+    return (result / MODEL).with_suffix(job.profiler.suffix)
+
+
 def is_shipped(result: Path, certificate: dict[str, Any]) -> bool:
-    """Whether the model of a result is the file that its certificate describes."""
-    file = result / "model.onnx"
-    known = certificate["hashes"]["model"]
-    return file.is_file() and bool(certificates.sha256(file) == known)
+    """Whether the files of a result are those that its certificate describes."""
+    files = {result / MODEL: certificate["hashes"]["model"]}
+    if engine := certificate.get("engine"):
+        files[result / engine["file"]] = certificate["hashes"]["engine"]
+    return all(
+        file.is_file() and certificates.sha256(file) == known for file, known in files.items()
+    )
 
 
 def _measured_under(
@@ -263,6 +278,21 @@ def _told(measured: Mapping[str, Measurement]) -> dict[str, Any]:
     return told | ({"measured_under": others} if others else {})
 
 
+def _engine(job: Job, result: Path) -> dict[str, Any]:
+    """What a certificate tells of the engine that was measured, where it is not the ONNX file."""
+    file, host = shipped_file(job, result), job.profiler.host()
+    if file == result / MODEL:
+        return {}
+    told = {
+        "file": file.name,
+        "size_bytes": file.stat().st_size,
+        "runtime": f"{host.runtime} {host.runtime_version}",
+        "runs_on": f"{host.cpu}, {host.flags}, batches of {host.batch}",
+        "onnx": "what the engine was made of; it was not measured",
+    }
+    return {"engine": told}
+
+
 def _measured(m: Measurement) -> dict[str, Any]:
     return {
         "latency_ms": m.latency_us / 1000,
@@ -285,6 +315,7 @@ def _certificate(
     test: float,
 ) -> dict[str, Any]:
     result = run.result(result_name(job, limits))
+    engine = shipped_file(job, result)
     architecture = Architecture(finalist.genes)
     ops = job.space.lower(architecture)
     return {
@@ -311,11 +342,13 @@ def _certificate(
             "macs": total("macs", ops),
             **bitops(job.space, architecture),
             "peak_activation_bytes": peak_activation_bytes(ops),
-            "size_bytes": (result / "model.onnx").stat().st_size,
+            "size_bytes": (result / MODEL).stat().st_size,
         },
+        **_engine(job, result),
         "input": "float32 (batch, channels, height, width), image bytes / 255",
         "hashes": {
-            "model": certificates.sha256(result / "model.onnx"),
+            "model": certificates.sha256(result / MODEL),
+            **({"engine": certificates.sha256(engine)} if engine != result / MODEL else {}),
             "table": certificates.sha256(run.table),
             "code": certificates.code_version(),
         },

@@ -38,6 +38,7 @@ class RunConfig(BaseModel):
 
     space: str
     space_fingerprint: str
+    precisions: list[str] | None = None
     data: str
     data_fingerprint: str
     image_size: int

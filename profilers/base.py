@@ -20,6 +20,10 @@ from quant.precision import Runtime
 Array = npt.NDArray[np.generic]
 
 
+GRAPH = ".onnx"
+"""The suffix of an emitted graph's file."""
+
+
 class Session(ABC):
     """A loaded model. Use it in a `with` block; once closed it refuses to work."""
 
@@ -67,11 +71,13 @@ class Profiler(ABC):
     """A device in one condition: `threads` and `batch`.
 
     `runtime` names the kernels, the activation grid and the codes of weights, those of `portable`
-    files where they are asked for; `seconds_per_row` is how long one row takes beside its counted
-    runs (emitting, checking, opening), for the estimate told beforehand.
+    files where they are asked for; `suffix` is that of the file that the device runs;
+    `seconds_per_row` is how long one row takes beside its counted runs (emitting, checking,
+    opening), for the estimate told beforehand.
     """
 
     runtime: Runtime
+    suffix: str = GRAPH
     seconds_per_row: float
 
     def __init__(self, *, threads: int = 1, batch: int = 1, portable: bool = False) -> None:
@@ -84,9 +90,15 @@ class Profiler(ABC):
     def host(self) -> Host:
         """The provenance of what this profiler measures."""
 
+    def compiled(self, model: Path) -> Path:
+        """The file that the device runs, from the file of an emitted graph or of such a one: the
+        same file where it runs graphs, else one that is there as long as this profiler is.
+        """
+        return model
+
     @abstractmethod
     def prepare(self, model: onnx.ModelProto | Path) -> Session:
-        """Load a model, or the file of one; one session at a time."""
+        """Load a model, or the file of one, compiled or not; one session at a time."""
 
     @abstractmethod
     def check(self, model: onnx.ModelProto) -> None:

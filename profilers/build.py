@@ -204,7 +204,7 @@ def measure_models(
     TableError where the journal is of another host or protocol, HwnasError where a process fails.
     """
     kept = _Journal(journal, "networks", profiler.host(), protocol)
-    files = dict(zip(_keys(models), models, strict=True))
+    files = dict(zip(_keys(models), map(profiler.compiled, models), strict=True))
     turns = processes or protocol.rounds
     label, total = "timing whole networks in fresh processes", turns * len(files)
     if done := sum(min(kept.count(key), turns) for key in files):

@@ -5,7 +5,7 @@ flavour of a runtime. ONNX Runtime's is `_Writer`: activations are unsigned 8-bi
 where nothing is negative, else 128), weights signed 8-bit per output channel, biases 32-bit on
 exactly the accumulator's grid. Written so, every layer of an integer op runs in an integer kernel;
 `expected_operators` says which operators the optimised graph must then hold, and a profiler checks.
-TensorRT's is `_TensorRTWriter`, which says where the two differ.
+TensorRT's and PyTorch's is `_TensorRTWriter`, which says where the two differ.
 
 Fewer than eight bits run in the kernels of eight. Activations are kept below their highest code by
 a Clip of the codes. Weights are stored in two or four bits, which the runtime unpacks when it loads
@@ -28,7 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 from latency_tables.ops import ACTIVATIONS, MOVES, Layer, OpSpec, Tensor
 from quant.errors import InvalidInput
 from quant.integer import Floats, FloatWeights, IntegerWeights, Weights, bias_codes, packed
-from quant.precision import ONNXRUNTIME, TENSORRT, Format, Grid, Runtime
+from quant.precision import ONNXRUNTIME, TENSORRT, TORCH, Format, Grid, Runtime
 
 # Two habits of ONNX Runtime (seen in 1.31.1) would change what runs of a float op between integer
 # ones. Where its quantised input has several readers (a residual block), each gets a
@@ -131,6 +131,21 @@ def check_kernels(ops: Iterable[OpSpec], runtime: Runtime) -> None:
                 accepted=error.accepted,
                 next_step=error.next_step,
             ) from error
+    runs_tf32(ops)
+
+
+def runs_tf32(ops: Iterable[OpSpec]) -> bool:
+    """Whether fp32 arithmetic runs as tf32; raises InvalidInput where some ops have it and others
+    not, for a GPU's runtimes know it of a whole network alone.
+    """
+    found = {op.precision.name for op in ops} & {"fp32", "tf32"}
+    if len(found) > 1:
+        raise InvalidInput(
+            "One network cannot have both fp32 and tf32: what fp32 runs as is set for all of it.",
+            accepted="fp32 or tf32, beside any other precision",
+            next_step="leave one of them out of --precisions",
+        )
+    return found == {"tf32"}
 
 
 def kernel_biases(
@@ -567,7 +582,7 @@ class _Writer:
 
 
 class _TensorRTWriter(_Writer):
-    """TensorRT's flavour: a tensor's ONNX type is its precision, and nothing else tells it.
+    """The flavour of TensorRT and PyTorch: a tensor's ONNX type is its precision, and all that is.
 
     Codes are signed with zero point 0, and those of less than 8 bits are clipped before they are
     rounded. Biases stay float: the runtime takes no 32-bit one. An fp16 or bf16 op has weights of
@@ -657,5 +672,8 @@ class _TensorRTWriter(_Writer):
 _FLOAT_TYPES = {"fp16": int(TensorProto.FLOAT16), "bf16": int(TensorProto.BFLOAT16)}
 """The ONNX type of each float precision that is not fp32's own."""
 
-_FLAVOURS: dict[str, type[_Writer]] = {TENSORRT.name: _TensorRTWriter}
+_FLAVOURS: dict[str, type[_Writer]] = {
+    TENSORRT.name: _TensorRTWriter,
+    TORCH.name: _TensorRTWriter,
+}
 """Who writes for a runtime, where that is not `_Writer`."""

@@ -49,6 +49,12 @@ class Protocol:
         return asdict(self)
 
 
+GPU_PROTOCOL = Protocol(
+    rounds=3, max_rounds=6, warmup_ms=200, block_ms=100, min_runs=50, max_runs=200, max_spread=0.025
+)
+"""For a GPU: its clocks need long to rise, then move little (after trtexec's defaults)."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """A latency with its uncertainty.
@@ -106,6 +112,19 @@ def time_block(call: Callable[[], object], protocol: Protocol) -> Samples:
             gc.enable()
     pace = np.array(paces, float)
     return np.column_stack([times, np.minimum(pace[before], pace[before + 1])]) / 1000
+
+
+def time_replays(replay_us: Callable[[], float], protocol: Protocol) -> Samples:
+    """One block of a device that tells times itself, (runs, 2): what `replay_us` answers, in
+    microseconds, and a pace of 1, since such a device has none of ours.
+    """
+    start = time.perf_counter_ns()
+    first_us = replay_us()
+    while (time.perf_counter_ns() - start) < protocol.warmup_ms * 1e6:
+        first_us = replay_us()
+    wanted = protocol.block_ms * 1e3 / max(first_us, 1e-3)
+    runs = int(np.clip(wanted, protocol.min_runs, protocol.max_runs))
+    return np.column_stack([[replay_us() for _ in range(runs)], np.ones(runs)])
 
 
 def _pace_ns() -> float:

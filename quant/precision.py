@@ -226,9 +226,15 @@ ONNXRUNTIME = Runtime(
 )
 TENSORRT = Runtime(
     "tensorrt",
-    {"fp32": "fp32", "tf32": "tf32", "fp16": "fp16", "bf16": "bf16", "w8a8": "int8"},
+    {"fp32": "fp32", "tf32": "tf32", "fp16": "fp16", "bf16": "bf16", "w<2-8>a<2-8>": "int8"},
     unsigned_activations=False,
 )
+TORCH = Runtime(
+    "pytorch",
+    {"fp32": "fp32", "tf32": "tf32", "fp16": "fp16", "bf16": "bf16"},
+    unsigned_activations=False,
+)
+"""PyTorch on an NVIDIA GPU: it has no integer convolution there."""
 
 
 def weight_top(bits: int) -> int:

@@ -50,7 +50,7 @@ def test_only_the_emitter_writes_onnx_nodes() -> None:
     assert writing == {ROOT / "profilers" / "graphs.py"}
 
 
-def test_lazy_imports_stand_in_two_files_only() -> None:
+def test_lazy_imports_stand_where_the_house_says() -> None:
     def hidden(path: Path) -> bool:
         tree = ast.parse(path.read_text())
         functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
@@ -62,5 +62,10 @@ def test_lazy_imports_stand_in_two_files_only() -> None:
 
     assert {path for path in SOURCES if hidden(path)} <= {ROOT / "hwnas" / "__init__.py"}
     importing = {path for path in SOURCES if "importlib.import_module" in calls(path)}
-    optional = ROOT / "hwnas" / "data" / "vision.py"  # torchvision, which is an extra
-    assert importing == {ROOT / "hwnas" / "__init__.py", optional}
+    optional = {
+        ROOT / "hwnas" / "data" / "vision.py",  # torchvision, which is an extra
+        ROOT / "profilers" / "cuda.py",  # pycuda, which is one too
+        ROOT / "profilers" / "trt_build.py",  # and tensorrt, of which there are two
+        ROOT / "profilers" / "devices.py",  # GPUs' backends, with PyTorch behind them
+    }
+    assert importing == {ROOT / "hwnas" / "__init__.py", *optional}

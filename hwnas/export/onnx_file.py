@@ -1,6 +1,8 @@
 """A trained network as an ONNX file, and what the file does on real images."""
 
+import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,16 @@ def write_onnx(network: Network, profiler: Profiler, path: Path) -> onnx.ModelPr
     profiler.check(model)
     write_atomically(path, lambda temporary: temporary.write_bytes(model.SerializeToString()))
     return model
+
+
+def write_engine(profiler: Profiler, path: Path) -> Path:
+    """The file that the device runs of a graph's file: `path` itself, or an engine beside it."""
+    made = profiler.compiled(path)
+    if made == path:
+        return path
+    engine = path.with_suffix(profiler.suffix)
+    write_atomically(engine, partial(shutil.copyfile, made))
+    return engine
 
 
 def agreement(network: Network, session: Session, images: Images) -> Agreement:

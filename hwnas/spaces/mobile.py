@@ -7,12 +7,14 @@ from typing import Any
 
 from hwnas.spaces.base import Build, Choice, Position, SearchSpace, State
 from hwnas.spaces.blocks import classifier, inverted_residual
-from hwnas.spaces.parts import conv_stem, one_op
+from hwnas.spaces.parts import conv_stem, float_precisions, one_op
 from latency_tables.ops import Tensor
 from quant.errors import InvalidInput
 from quant.precision import Precision
 
 SKIP = "skip"
+PRECISIONS = ("fp32", "w8a8")
+"""What is searched unless another choice is named."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ def mobile(
     head_channels: int = 128,
     kernels: Sequence[int] = (3, 5, 7),
     expansions: Sequence[int] = (3, 6),
-    precisions: Sequence[str] = ("fp32", "w8a8"),
-    stem_precisions: Sequence[str] = ("fp32",),
+    precisions: Sequence[str] = PRECISIONS,
+    stem_precisions: Sequence[str] | None = None,
     head_precisions: Sequence[str] | None = None,
     skip: bool = True,
 ) -> SearchSpace:
@@ -53,7 +55,9 @@ def mobile(
     blocks = {f"k{kernel}e{expansion}": (kernel, expansion) for kernel, expansion in kinds}
     if skip:
         _refuse_ambiguous(name, stages)
-    positions = [conv_stem(stem_channels, stem_stride, stem_precisions)]
+    positions = [
+        conv_stem(stem_channels, stem_stride, stem_precisions or float_precisions(precisions))
+    ]
     number = 0
     for stage in stages:
         for index in range(stage.blocks):
@@ -82,7 +86,13 @@ def mobile(
     return SearchSpace(name, Tensor(image_channels, size, size), tuple(positions), classes)
 
 
-def mobile_tiny(*, classes: int, image_channels: int = 1, size: int = 32) -> SearchSpace:
+def mobile_tiny(
+    *,
+    classes: int,
+    image_channels: int = 1,
+    size: int = 32,
+    precisions: Sequence[str] = PRECISIONS,
+) -> SearchSpace:
     """The preset for small images: six blocks, 16 to 96 channels, in multiples of 16."""
     return mobile(
         "mobile-tiny",
@@ -90,10 +100,17 @@ def mobile_tiny(*, classes: int, image_channels: int = 1, size: int = 32) -> Sea
         classes=classes,
         size=size,
         image_channels=image_channels,
+        precisions=precisions,
     )
 
 
-def mobile_224(*, classes: int, image_channels: int = 3, size: int = 224) -> SearchSpace:
+def mobile_224(
+    *,
+    classes: int,
+    image_channels: int = 3,
+    size: int = 224,
+    precisions: Sequence[str] = PRECISIONS,
+) -> SearchSpace:
     """The preset for photos: 18 blocks, 16 to 192 channels, squeeze-excite in three of six stages.
 
     After MobileNetV3-Large's depth and strides (Howard et al. 2019, table 1), with relu throughout:
@@ -114,6 +131,7 @@ def mobile_224(*, classes: int, image_channels: int = 3, size: int = 224) -> Sea
         size=size,
         image_channels=image_channels,
         head_channels=960,
+        precisions=precisions,
     )
 
 

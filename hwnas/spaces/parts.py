@@ -21,6 +21,15 @@ class Stage:
     stride: int = 2
 
 
+def float_precisions(precisions: Sequence[str]) -> list[str]:
+    """The floats of what is searched, or fp32 where there are none: what a stem chooses from.
+
+    >>> float_precisions(("w8a8", "fp16")), float_precisions(("w8a8",))
+    (['fp16'], ['fp32'])
+    """
+    return [name for name in precisions if not Precision(name).is_integer] or ["fp32"]
+
+
 def conv_stem(channels: int, stride: int, precisions: Sequence[str]) -> Position:
     """A 3 x 3 convolution of the images, which chooses its precision."""
 

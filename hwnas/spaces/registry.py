@@ -3,7 +3,7 @@
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hwnas.spaces.base import SearchSpace
@@ -12,10 +12,12 @@ from hwnas.spaces.resnet import resnet18, resnet34, resnet_tiny
 from hwnas.spaces.shufflenet import shufflenet_224, shufflenet_tiny
 from latency_tables.ops import Tensor
 from quant.errors import InvalidInput
+from quant.precision import Precision
 
 SpaceFactory = Callable[..., SearchSpace]
-"""Called with classes, image_channels and size of the data; returns the space. The default of
-`size`, where there is one, is the side in pixels to which pictures are brought."""
+"""Called with classes, image_channels and size of the data, and with precisions where a user names
+them; returns the space. The default of `size`, where there is one, is the side in pixels to which
+pictures are brought."""
 
 SPACES: dict[str, SpaceFactory] = {
     "mobile-tiny": mobile_tiny,
@@ -32,15 +34,24 @@ DEFAULT_SIZE = 224
 """The side of pictures where a space of the user's own states none."""
 
 
-def load_space(name: str, *, classes: int, image_channels: int, size: int) -> SearchSpace:
-    """The space of a name, or of `path.py:function`, for images of a data set.
+def load_space(
+    name: str,
+    *,
+    classes: int,
+    image_channels: int,
+    size: int,
+    precisions: Sequence[str] | None = None,
+) -> SearchSpace:
+    """The space of a name, or of `path.py:function`, for images of a data set; `precisions` are
+    what its blocks choose from, where they are not the space's own.
 
     Raises InvalidInput where the name is not known, the file or function not there, the function
     fails, or what it returns is no space for such images.
     """
     factory = SPACES.get(name) or _own(name)
+    options = {"precisions": _known(name, factory, precisions)} if precisions else {}
     try:
-        space = factory(classes=classes, image_channels=image_channels, size=size)
+        space = factory(classes=classes, image_channels=image_channels, size=size, **options)
         starts = space.input == Tensor(image_channels, size, size)
         ends = {step.op.output.elements for step in space.lattice.levels[-1].steps if step.op}
     except InvalidInput:
@@ -66,6 +77,18 @@ def image_size(name: str) -> int:
     """The side in pixels that a space is meant for."""
     size = inspect.signature(SPACES.get(name) or _own(name)).parameters.get("size")
     return size.default if size and isinstance(size.default, int) else DEFAULT_SIZE
+
+
+def _known(name: str, factory: SpaceFactory, precisions: Sequence[str]) -> tuple[str, ...]:
+    """The precisions, each once; raises InvalidInput for what is none, or not for the space."""
+    parameters = inspect.signature(factory).parameters.values()
+    if not any(p.name == "precisions" or p.kind == p.VAR_KEYWORD for p in parameters):
+        raise InvalidInput(
+            f"--space {name} has precisions of its own.",
+            accepted="a space whose function takes `precisions`",
+            next_step="drop --precisions",
+        )
+    return tuple(dict.fromkeys(Precision(each).name for each in precisions))
 
 
 def _own(name: str) -> SpaceFactory:

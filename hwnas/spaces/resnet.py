@@ -9,7 +9,7 @@ from typing import Any
 
 from hwnas.spaces.base import Build, Choice, Position, SearchSpace, State
 from hwnas.spaces.blocks import basic_block, conv_norm_activation, pooled_classifier, pooled_stem
-from hwnas.spaces.parts import Stage, one_op, rounded_widths
+from hwnas.spaces.parts import Stage, float_precisions, one_op, rounded_widths
 from latency_tables.ops import OpSpec, Tensor
 from quant.precision import Precision
 
@@ -33,8 +33,8 @@ def resnet(
     multipliers: Sequence[float] = MULTIPLIERS,
     multiple: int = 16,
     precisions: Sequence[str] = PRECISIONS,
-    stem_precisions: Sequence[str] = ("fp32",),
-    head_precisions: Sequence[str] = ("fp32",),
+    stem_precisions: Sequence[str] | None = None,
+    head_precisions: Sequence[str] | None = None,
 ) -> SearchSpace:
     """A chain stem, basic blocks stage by stage, head, for `size` x `size` images.
 
@@ -50,14 +50,15 @@ def resnet(
     def head(tensor: Tensor, precision: Precision) -> OpSpec:
         return pooled_classifier(tensor, classes, precision=precision)
 
-    positions = [one_op("stem", stem_precisions, stem)]
+    floats = float_precisions(precisions)
+    positions = [one_op("stem", stem_precisions or floats, stem)]
     for stage in stages:
         widths = rounded_widths(stage.channels, multipliers, multiple)
         for index in range(stage.blocks):
             options: dict[str, Sequence[Any]] = {"precision": list(precisions), "width": widths}
             build = _block(stage.channels, 1 if index else stage.stride)
             positions.append(Position(f"block{len(positions) - 1}", options, build))
-    positions.append(one_op("head", head_precisions, head))
+    positions.append(one_op("head", head_precisions or floats, head))
     return SearchSpace(name, Tensor(image_channels, size, size), tuple(positions), classes)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hwnas.spaces.base import Build, Choice, Position, SearchSpace, State
 from hwnas.spaces.blocks import classifier, shuffle_unit, xception_unit
-from hwnas.spaces.parts import Stage, conv_stem, one_op, rounded_widths
+from hwnas.spaces.parts import Stage, conv_stem, float_precisions, one_op, rounded_widths
 from latency_tables.ops import OpSpec, Tensor
 from quant.precision import Precision
 
@@ -36,7 +36,7 @@ def shufflenet(
     multipliers: Sequence[float] = MULTIPLIERS,
     multiple: int = 4,
     precisions: Sequence[str] = ("fp32", "w8a8"),
-    stem_precisions: Sequence[str] = ("fp32",),
+    stem_precisions: Sequence[str] | None = None,
     head_precisions: Sequence[str] | None = None,
 ) -> SearchSpace:
     """A chain stem, blocks stage by stage, head, for `size` x `size` images.
@@ -44,7 +44,9 @@ def shufflenet(
     Each block chooses its kind, its middle width (in multiples of `multiple`) and its precision.
     With `multipliers=(1.0,)` and one precision it is the search for blocks alone.
     """
-    positions = [conv_stem(stem_channels, stem_stride, stem_precisions)]
+    positions = [
+        conv_stem(stem_channels, stem_stride, stem_precisions or float_precisions(precisions))
+    ]
     for stage in stages:
         widths = rounded_widths(stage.channels // 2, multipliers, multiple)
         for index in range(stage.blocks):
@@ -87,7 +89,13 @@ def shufflenet_224(
     )
 
 
-def shufflenet_tiny(*, classes: int, image_channels: int = 1, size: int = 32) -> SearchSpace:
+def shufflenet_tiny(
+    *,
+    classes: int,
+    image_channels: int = 1,
+    size: int = 32,
+    precisions: Sequence[str] = ("fp32", "w8a8"),
+) -> SearchSpace:
     """The preset for small images: six blocks, 32 and 64 channels."""
     return shufflenet(
         "shufflenet-tiny",
@@ -97,6 +105,7 @@ def shufflenet_tiny(*, classes: int, image_channels: int = 1, size: int = 32) ->
         image_channels=image_channels,
         head_channels=128,
         multipliers=(0.5, 1.0, 1.5),
+        precisions=precisions,
     )
 
 

@@ -225,7 +225,7 @@ DAMAGED: list[tuple[str, Damage, tuple[str, ...], str]] = [
      "is not an architecture"),
     (f"{RESULT}/finalist-0.pt", cut(0.5), of_run("retrain"), "is not a whole checkpoint"),
     (f"{RESULT}/finalist-0.pt", other_weights, of_run("export"), "is not a whole checkpoint"),
-    ("run/config.yaml", cut(0.5), SEARCH, "is not readable YAML"),
+    ("run/config.yaml", cut(0.5), SEARCH, "run/config.yaml"),
     ("run/config.yaml", cut(0.0), of_run("verify"), "run/config.yaml"),
     ("run/config.yaml", holding("seed: soon"), of_run("train"), "run/config.yaml"),
     ("run/config.yaml", a_folder, of_run("verify"), "is not readable YAML"),

@@ -1026,7 +1026,7 @@ def test_a_file_that_contradicts_the_run_is_named_by_the_flag(
         ("profile --space no.py:space", "not there"),
         ("profile --recipe nothing", "--recipe is 'nothing'"),
         ("profile --device toaster", "'toaster' is not a device"),
-        ("profile --device gpu", "cannot measure on a GPU"),
+        ("profile --device gpu", "No NVIDIA driver is on this machine"),
         ("profile --image-size 2", "--image-size"),
         ("train --method nothing", "--method is 'nothing'"),
         ("verify", "no run under ./runs"),

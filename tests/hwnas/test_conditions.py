@@ -98,6 +98,7 @@ def in_this_process(timed_here: Callable[..., Any]) -> Iterator[None]:
     """Two devices that differ, each timed without fresh processes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hwnas.job.open_profiler", opened)
+        patch.setattr("hwnas.job.protocol_of", lambda _device: Protocol())
         patch.setattr("hwnas.job.measure_models", timed_here)
         patch.setattr("hwnas.calibration.measure_models", timed_here)
         yield
@@ -460,7 +461,7 @@ def test_a_limit_holds_of_its_own_percentile_and_device_alone(
         ("--device simulated --latency-ms toaster=1", "'toaster' is not a device"),
         ("--latency-ms simulated=1 --latency-ms toaster=1", "'toaster' is not a device"),
         ("--latency-ms toaster=1", "'toaster' is not a device"),
-        ("--latency-ms simulated=1 --latency-ms gpu=1", "cannot measure on a GPU"),
+        ("--latency-ms simulated=1 --latency-ms gpu=1", "No NVIDIA driver is on this machine"),
         ("--latency-ms simulated=1 --latency-ms foreign=1", "file for simulated does not run on"),
         ("--latency-ms simulated=1 --latency-ms my-board=1", "my-board"),
         ("--latency-ms simulated=1 --limit-fraction 0.5", "needs one latency limit"),

@@ -33,6 +33,7 @@ def refused(file: Path, text: str | bytes) -> InvalidInput:
 
 EVERYTHING: dict[str, Any] = {
     "space": "mobile",
+    "precisions": ["fp16", "w8a8"],
     "data": "folder:photos",
     "image_size": 96,
     "device": "simulated",

@@ -356,8 +356,8 @@ def test_the_request_of_a_run_makes_the_same_run(run: Run, tmp_path: Path) -> No
 def test_fields_that_agree_with_the_run_are_taken(run: Run) -> None:
     known = request_fields(run, {})
     assert set(known) == {
-        "space", "data", "image_size", "device", "threads", "batch", "portable", "method", "recipe",
-        "seed",
+        "space", "precisions", "data", "image_size", "device", "threads", "batch", "portable",
+        "method", "recipe", "seed",
     }  # fmt: skip
     assert request_fields(run, known) == known
     for name, value in known.items():

@@ -33,6 +33,7 @@ CONFIG = RunConfig(
 CHANGES = {
     "space": "mobile",
     "space_fingerprint": "22",
+    "precisions": ["fp16"],
     "data": "digits",
     "data_fingerprint": "33",
     "image_size": 64,
@@ -59,8 +60,8 @@ def changed(field: str) -> RunConfig:
 # ---- identity
 
 
-def test_a_run_of_before_portable_files_is_of_plain_ones(tmp_path: Path) -> None:
-    fields = CONFIG.model_dump(exclude={"portable"})
+def test_a_run_of_before_there_were_such_fields_has_their_defaults(tmp_path: Path) -> None:
+    fields = CONFIG.model_dump(exclude={"portable", "precisions"})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(fields))
     assert read_run(tmp_path).config == CONFIG
 

@@ -1,8 +1,13 @@
 """Names of devices, and what is said where there is none."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from profilers.devices import open_profiler
+from profilers.devices import DEVICES, open_profiler, protocol_of
+from profilers.measure import GPU_PROTOCOL, Protocol
 from profilers.ort import OrtProfiler
 from profilers.simulated import SimulatedProfiler
 from quant.errors import InvalidInput, MissingDependency
@@ -29,10 +34,28 @@ def test_an_unknown_device_is_invalid_and_the_known_ones_are_told(device: str) -
     assert "\n" not in str(caught.value)
 
 
-def test_a_gpu_is_a_missing_dependency_with_the_next_step() -> None:
+@pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["gpu", "gpu-torch"])
+def test_a_gpu_that_is_not_there_is_a_missing_dependency_with_what_still_works(
+    device: str,
+) -> None:
     with pytest.raises(MissingDependency) as caught:
-        open_profiler("gpu")
-    assert "GPU" in caught.value.what
+        open_profiler(device)
+    assert "libcuda.so.1 was not found" in caught.value.what
     assert "--device cpu" in caught.value.next_step
-    assert "gpu" not in caught.value.accepted
+    assert "--compute-capability sm89" in caught.value.next_step
     assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_a_measuring_process_of_a_cpu_loads_no_pytorch() -> None:
+    code = "import profilers.worker, sys; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_device_has_a_protocol_whether_or_not_it_is_there(device: str) -> None:
+    gpu = device.startswith("gpu")
+    assert protocol_of(device) == (GPU_PROTOCOL if gpu else Protocol())
+    assert (protocol_of(device).max_spread < 0.03) == gpu

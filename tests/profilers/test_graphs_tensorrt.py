@@ -21,7 +21,7 @@ from hwnas.costs.samplers import UniformSampler
 from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
 from hwnas.spaces.mobile import Stage, mobile
 from latency_tables.ops import OpBuilder, OpSpec, Tensor
-from profilers.graphs import INPUT, OpParameters, emit, random_parameters
+from profilers.graphs import INPUT, OpParameters, emit, random_parameters, runs_tf32
 from profilers.modules import Network
 from profilers.ort_session import session_options
 from profilers.sizes import BASE_BYTES, file_bytes
@@ -30,7 +30,7 @@ from quant.integer import FloatWeights, IntegerWeights
 from quant.precision import TENSORRT, Format, Precision
 
 FP32, W8A8 = Precision("fp32"), Precision("w8a8")
-PRECISIONS = tuple(TENSORRT.kernels)
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "w8a8")
 HALVES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 FORMATS = ("fp32", "fp16", "bf16", "a8", "a8+")
 FUNCTIONS = ("relu", "relu6", "sigmoid", "hard_sigmoid", "hard_swish")
@@ -229,7 +229,7 @@ def test_hard_swish_is_a_gate_and_a_product_where_the_parser_takes_no_other() ->
         assert ("HardSwish" in kinds) == (name != "bf16") != ("HardSigmoid" in kinds)
 
 
-@pytest.mark.parametrize("name", ["fp8", "w4a4"])
+@pytest.mark.parametrize("name", ["fp8", "pact-w4a4"])
 def test_a_precision_without_a_kernel_is_refused(name: str) -> None:
     with pytest.raises(InvalidInput, match=name):
         random_model([BLOCKS["conv"](tensor(), Precision(name), "relu")])
@@ -326,7 +326,7 @@ def test_a_chain_of_every_precision_hands_on_values(trained: Trained) -> None:
     """fp16 holds 11 bits, so a value near a tie takes the neighbouring code in the next integer op;
     compared as the share of the logits' range. bf16 (8 bits) is given room, but for its weights."""
     spec, ops = tensor(), []
-    for name in ("fp16", "w8a8", "bf16", "fp32", "w8a8", "tf32", "fp16", "bf16", "w8a8", "w8a8"):
+    for name in ("fp16", "w8a8", "bf16", "fp32", "w8a8", "fp32", "fp16", "bf16", "w8a8", "w8a8"):
         ops.append(BLOCKS["residual"](spec, Precision(name), "relu"))
         spec = ops[-1].output
     ops.append(BLOCKS["classifier"](spec, Precision("fp16"), "relu"))
@@ -350,7 +350,21 @@ def test_an_op_of_two_inputs_of_any_type_adds_them() -> None:
 # ---- whole networks, and their bytes
 
 
-def test_random_networks_of_all_precisions_are_valid_and_as_large_as_their_ops() -> None:
+def test_what_fp32_runs_as_is_one_thing_in_a_network() -> None:
+    """Runtimes of GPUs are told it of a whole network."""
+    both = [BLOCKS["conv"](tensor(), Precision(name), "relu") for name in ("fp32", "tf32")]
+    for chain in (both, both[::-1]):
+        with pytest.raises(InvalidInput, match="both fp32 and tf32"):
+            random_model(chain)
+    assert [runs_tf32([op]) for op in both] == [False, True]
+    assert not runs_tf32([BLOCKS["conv"](tensor(), W8A8, "relu")])
+
+
+@pytest.mark.parametrize("left_out", ["fp32", "tf32"])
+def test_random_networks_of_all_precisions_are_valid_and_as_large_as_their_ops(
+    left_out: str,
+) -> None:
+    precisions = tuple(name for name in PRECISIONS if name != left_out)
     space = mobile(
         "all",
         (Stage(1, 1, (8, 16), squeeze=4), Stage(2, 2, (16, 24), activation="hard_swish")),
@@ -358,8 +372,8 @@ def test_random_networks_of_all_precisions_are_valid_and_as_large_as_their_ops()
         size=16,
         kernels=(3,),
         expansions=(3,),
-        precisions=PRECISIONS,
-        stem_precisions=PRECISIONS,
+        precisions=precisions,
+        stem_precisions=precisions,
     )
     sampler, rng = UniformSampler(space), np.random.default_rng(3)
     for seed in range(25):

@@ -19,7 +19,7 @@ from profilers.modules import Network
 from profilers.ort_session import session_options
 from quant.errors import InvalidInput
 from quant.layers import ActivationQuantiser
-from quant.precision import ONNXRUNTIME, TENSORRT, Precision
+from quant.precision import ONNXRUNTIME, TENSORRT, TORCH, Precision
 
 COARSE = replace(ONNXRUNTIME, kernels={"fp32": "fp32", "w8a3": "int8"})
 
@@ -132,4 +132,4 @@ def test_the_score_is_that_of_the_new_grid(
 
 def test_a_runtime_without_the_kernels_is_refused(networks: dict[str, Network]) -> None:
     with pytest.raises(InvalidInput, match="w8a3"):
-        requantised(networks["w8a3"], TENSORRT)
+        requantised(networks["w8a3"], TORCH)
