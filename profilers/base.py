@@ -68,11 +68,15 @@ class Profiler(ABC):
 
     `runtime` names the kernels, the activation grid and the codes of weights, those of `portable`
     files where they are asked for; `seconds_per_row` is how long one row takes beside its counted
-    runs (emitting, checking, opening), for the estimate told beforehand.
+    runs (emitting, checking, opening), for the estimate told beforehand. `repeats` are how many
+    copies of an op are timed in a chain, three numbers or more, where the slope over them tells
+    what an op costs inside a network (`latency_tables.slopes`); without them, rows and boundaries
+    tell it (`latency_tables.boundaries`).
     """
 
     runtime: Runtime
     seconds_per_row: float
+    repeats: tuple[int, ...] = ()
 
     def __init__(self, *, threads: int = 1, batch: int = 1, portable: bool = False) -> None:
         self.threads = threads
