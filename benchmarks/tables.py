@@ -12,9 +12,10 @@ by; nothing over its limit by more than the host's own repeatability; the table 
 time of its counted runs.
 """
 
+import copy
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +37,9 @@ from hwnas.quality import SEED, held_against
 from hwnas.search.evolution import Evolution
 from latency_tables.model import MeasuredNetwork, predict_us, quality
 from latency_tables.percentiles import MEDIAN
-from profilers.build import build_rows, measure_models, row_model
-from profilers.host import pinned
-from profilers.measure import summarise
+from profilers.build import build_rows, empty_table, measure_models
 
 SLOPES = (2, 4, 8)
-SLOPE_ROUNDS = 3
 REFINED = 0.05
 """How far a row may usually be off, for the rows that are refined on whole networks."""
 
@@ -142,8 +140,7 @@ def ways(job, table, calibration, chains, held_out, held_chains):
     alone = {key: row.median_us for key, row in table.rows.items()}
     ops = job.space.lattice.ops
     inside = dict(zip([op.key for op in ops], table.in_network_us(ops), strict=True))
-    sloped = alone | slopes(job, table)
-    found = {}
+    sloped, found = slopes(job, table), {}
     for name, costs in (("alone", alone), ("slopes", sloped), ("boundaries", inside)):
         fit = [priced(n, ops, costs) for n, ops in zip(calibration, chains, strict=True)]
         test = [priced(n, ops, costs) for n, ops in zip(held_out, held_chains, strict=True)]
@@ -170,27 +167,17 @@ def priced(network, ops, costs):
 
 
 def slopes(job, table):
-    """Ops that can follow themselves: the slope over chains of one, two, four and eight."""
-    found, protocol = {}, job.recipe.protocol
-    chains = [(op,) * k for op in job.space.lattice.ops if op.output == op.inputs[0]
-              for k in SLOPES]  # fmt: skip
-    models = {chain: row_model(chain, job.profiler).SerializeToString() for chain in chains}
-    blocks = {chain: [] for chain in chains}
-    with pinned(1), tempfile.TemporaryDirectory() as folder:
-        files = {}
-        for number, (chain, model) in enumerate(models.items()):
-            files[chain] = Path(folder) / f"{number}.onnx"
-            files[chain].write_bytes(model)
-        for _ in range(SLOPE_ROUNDS):
-            for chain in chains:
-                with job.profiler.prepare(files[chain]) as session:
-                    blocks[chain].append(session.block(protocol))
-    for op in {chain[0].key: chain[0] for chain in chains}.values():
-        costs = [table.rows[op.key].median_us]
-        costs += [summarise(blocks[(op,) * k], protocol, pace_us=table.pace_us).median_us
-                  for k in SLOPES]  # fmt: skip
-        found[op.key] = max(float(np.polyfit((1, *SLOPES), costs, 1)[0]), 0.1 * costs[0])
-    return found
+    """What ops cost inside a network as a device tells it that repeats ops: by slopes, and behind
+    hosts. What the table has is not measured again.
+    """
+    profiler, ops = copy.copy(job.profiler), job.space.lattice.ops
+    profiler.repeats = SLOPES
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / job.table_path.name
+        told = empty_table(profiler, job.recipe.protocol).protocol
+        replace(table, protocol=told).save(path)
+        sloped = build_rows(profiler, ops, path, job.recipe.protocol)
+    return dict(zip([op.key for op in ops], sloped.in_network_us(ops), strict=True))
 
 
 def refined(model, fit, fit_chains, test, test_chains, costs):

@@ -33,12 +33,14 @@ from profilers.base import GRAPH, Profiler
 from profilers.build import (
     Progress,
     build_rows,
+    empty_table,
     forget,
     measure_models,
     minutes,
     missing_chains,
     open_table,
     quiet,
+    row_minutes,
     table_lock,
 )
 from profilers.devices import open_profiler, protocol_of
@@ -367,18 +369,18 @@ def request_fields(run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
 def plan(job: Job) -> Plan:
     """What is missing from the table, and how long measuring it will take."""
     protocol, ops = job.recipe.protocol, job.space.lattice.ops
-    rows = len(missing_chains(LatencyTable(job.profiler.host(), protocol.to_dict()), ops))
+    rows = len(missing_chains(empty_table(job.profiler, protocol), ops))
     if _known_table(job) is not None:
         return Plan(rows, 0, 0, 0.0, (0.0, 0.0))
     table = open_table(job.profiler, job.table_path, protocol)
-    missing = len(missing_chains(table, ops))
+    missing = missing_chains(table, ops)
     networks = job.recipe.calibration.networks if job.model_name not in table.models else 0
     low, high = _probe_ms(job)
     each_ms = (low + high) / 2
     depth = len(job.space.positions)
-    alone = minutes(job.profiler, missing, protocol, each_ms=each_ms / depth)
+    alone = row_minutes(job.profiler, missing, protocol, op_ms=each_ms / depth)
     whole = minutes(job.profiler, networks, protocol, each_ms=each_ms, ops=depth)
-    return Plan(rows, missing, networks, alone + whole, (low, high))
+    return Plan(rows, len(missing), networks, alone + whole, (low, high))
 
 
 def is_profiled(job: Job) -> bool:

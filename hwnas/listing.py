@@ -1,10 +1,12 @@
 """What is there: devices, spaces, tables, runs. Each as plain data, for people and for JSON."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pandas as pd
 
 from hwnas.costs.feasible import reachable
@@ -14,6 +16,7 @@ from hwnas.store import Run, list_runs
 from latency_tables.difference import difference as compared
 from latency_tables.files import read_object, write_atomically
 from latency_tables.reference import shipped
+from latency_tables.slopes import Way
 from latency_tables.table import LatencyTable
 from profilers.build import table_lock
 from profilers.devices import DEVICES, open_profiler
@@ -98,8 +101,11 @@ def _tables(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def table(path: Path) -> dict[str, Any]:
-    """Everything in a table: host, protocol, latency models, rows."""
+    """Everything in a table: host, protocol, latency models, rows; where it has slopes, how many
+    rows cost inside a network what those tell, and how many what else does.
+    """
     found = LatencyTable.load(path)
+    told = {"inside": _inside(found)} if found.repeats else {}
     return {
         "table": str(path),
         "host": asdict(found.host),
@@ -107,9 +113,19 @@ def table(path: Path) -> dict[str, Any]:
         "models": {name: model.to_dict() for name, model in found.models.items()},
         "reports": found.reports,
         "pace_us": found.pace_us,
+        **told,
         "rows": [asdict(row) for row in found.rows.values()],
         "chains": [asdict(row) for row in found.chains.values()],
     }
+
+
+def _inside(found: LatencyTable) -> dict[str, Any]:
+    """How many rows each way prices, and the median error of the slopes as a fraction of them."""
+    costs = found.inside([row.chain[0] for row in found.rows.values()])
+    ways = Counter(cost.way for cost in costs)
+    errors = [cost.error_us / cost.us for cost in costs if cost.way == "slope"]
+    counts = {way: ways[way] for way in get_args(Way)}
+    return counts | {"slope_error": float(np.median(errors)) if errors else None}
 
 
 def difference(first: Path, second: Path) -> dict[str, Any]:

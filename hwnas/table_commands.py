@@ -1,7 +1,7 @@
 """`hwnas tables ...`: what is in latency tables, how true they are, how two differ or merge."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -89,6 +89,8 @@ def show_table(context: typer.Context, table: TableFile, as_json: AsJson = False
                                  f"{r['quality']['networks']} held-out networks, {r['made']}")
             for name, r in found["reports"].items()
         ]  # fmt: skip
+        if "inside" in found:
+            rows.append(("costs inside", _told_by(found["inside"])))
         rows += [(f"{row['median_us']:.1f} us", row["key"]) for row in found["rows"]]
         screen.done(found, rows)
 
@@ -204,6 +206,15 @@ def export_table(
     with command({"as_json": _as_json(context, as_json)}) as screen:
         rows = hwnas.listing.export_csv(table, csv)
         screen.done({"csv": str(csv), "rows": rows}, [("csv", str(csv)), ("rows", str(rows))])
+
+
+def _told_by(inside: dict[str, Any]) -> str:
+    """How many rows each way prices; ways that price none are left out."""
+    error = inside["slope_error"]
+    near = f" (standard error {error:.1%} in the middle)" if error is not None else ""
+    names = {"slope": f"by slopes{near}", "host": "behind a host",
+             "boundary": "by their boundary", "alone": "as they do alone"}  # fmt: skip
+    return ", ".join(f"{inside[way]} {name}" for way, name in names.items() if inside[way])
 
 
 def _as_json(context: typer.Context, given: bool) -> bool:

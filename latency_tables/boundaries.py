@@ -34,15 +34,13 @@ def chain_key(chain: Sequence[OpSpec]) -> str:
     return " => ".join(op.key for op in chain)
 
 
-def probes(ops: Iterable[OpSpec]) -> dict[str, Chain]:
-    """A chain for every boundary that the ops cross behind another of them, by boundary; all as
-    they are executed.
+def heads(ops: Iterable[OpSpec]) -> dict[Tensor, Chain]:
+    """What can stand before an op, by the tensor that it takes: the shortest chain of the ops that
+    hands it on, and among those the one with the fewest MACs, whose first op adds no input to its
+    result: first in a graph, such an op does not run as it does inside a network.
 
-    `ops` come in the order of a network's positions, each with one input. The chain is the shortest
-    one, and among those the one with the fewest MACs, whose first op adds no input to its result:
-    first in a graph, such an op does not run as it does inside a network.
+    `ops` come in the order of a network's positions, each with one input.
     """
-    ops = list(dict.fromkeys(op.executed for op in ops))
     before: dict[Tensor, Chain] = {}
     for op in ops:
         head = before.get(op.inputs[0], ()) if op.adds(0) else ()
@@ -51,6 +49,15 @@ def probes(ops: Iterable[OpSpec]) -> dict[str, Chain]:
         chain = (*head, op)
         if op.output not in before or _size(chain) < _size(before[op.output]):
             before[op.output] = chain
+    return before
+
+
+def probes(ops: Iterable[OpSpec]) -> dict[str, Chain]:
+    """A chain for every boundary that the ops cross behind another of them, by boundary; all as
+    they are executed. Before the op with the fewest MACs stands what `heads` has.
+    """
+    ops = list(dict.fromkeys(op.executed for op in ops))
+    before = heads(ops)
     found: dict[str, Chain] = {}
     for op in ops:
         if op.inputs[0] in before:

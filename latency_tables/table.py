@@ -10,17 +10,19 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latency_tables.boundaries import LEAST_SHARE, Chain, savings_us
+from latency_tables.boundaries import Chain, savings_us
 from latency_tables.files import write_atomically
 from latency_tables.host import Host
 from latency_tables.model import LatencyModel
 from latency_tables.ops import OpSpec
+from latency_tables.slopes import Inside, across_boundary, by_chains
 from quant.errors import TableError
 
 FORMAT_VERSION = 2
@@ -34,7 +36,8 @@ class Row:
 
     `ops` is the JSON list of its ops. Times are at the table's pace. The median lies between
     `low_us` and `high_us` (`profilers.measure.interval`); `spread` is the interquartile range of
-    the block medians over their median; `stable` tells whether they were narrow enough.
+    the block medians over their median; `stable` tells whether they were narrow enough, and whether
+    chains leave the op a positive cost inside a network.
     """
 
     key: str
@@ -66,7 +69,7 @@ class Row:
     @property
     def chain(self) -> Chain:
         """The ops that were measured together."""
-        return tuple(OpSpec.from_json(text) for text in json.loads(self.ops))
+        return tuple(_op(text) for text in json.loads(self.ops))
 
 
 @dataclass
@@ -86,6 +89,13 @@ class LatencyTable:
     pace_us: float = 1.0
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def repeats(self) -> tuple[int, ...]:
+        """How many copies the chains have whose slopes tell costs (`profilers.base.Profiler`);
+        none where rows and boundaries do.
+        """
+        return tuple(map(int, self.protocol.get("repeats", ())))
+
     def lookup(self, op: OpSpec) -> Row:
         """The row of an op, that of all ops which run alike (`OpSpec.executed`); raises TableError
         that names the nearest known keys.
@@ -103,17 +113,41 @@ class LatencyTable:
 
     def savings_us(self) -> dict[str, float]:
         """What each boundary saves an op inside a network against the op alone, in us."""
-        costs = {key: row.median_us for key, row in (self.rows | self.chains).items()}
-        return savings_us(costs, [row.chain for row in self.chains.values()])
+        return savings_us(self._costs_us, self._measured_chains)
+
+    def by_chains(self) -> dict[str, Inside]:
+        """What slopes and hosts tell of ops inside a network, by key; nothing where the table has
+        no `repeats`. A cost that is not positive is no cost (`inside`).
+        """
+        return by_chains(self._costs_us, self._measured_chains) if self.repeats else {}
+
+    def inside(self, ops: Sequence[OpSpec]) -> list[Inside]:
+        """What ops cost inside a network, and what tells it; raises TableError where a row is
+        missing.
+
+        A slope, or else the difference behind a host, where it is positive; else the row less what
+        its boundary saves. An op whose boundary no chain crosses, such as a network's first, costs
+        what it does alone.
+        """
+        alone = [(op, self.lookup(op).median_us) for op in ops]
+        told = {key: inside for key, inside in self.by_chains().items() if inside.us > 0}
+        saved = self.savings_us()
+        return [
+            told.get(op.executed.key) or across_boundary(us, saved.get(op.boundary))
+            for op, us in alone
+        ]
 
     def in_network_us(self, ops: Sequence[OpSpec]) -> list[float]:
-        """What ops cost inside a network; raises TableError where a row is missing.
+        """What ops cost inside a network, in us, as `inside` tells it."""
+        return [inside.us for inside in self.inside(ops)]
 
-        An op whose boundary no chain crosses, such as a network's first, costs what it does alone.
-        """
-        saved = self.savings_us()
-        alone = [(op, self.lookup(op).median_us) for op in ops]
-        return [max(us - saved.get(op.boundary, 0.0), LEAST_SHARE * us) for op, us in alone]
+    @property
+    def _costs_us(self) -> dict[str, float]:
+        return {key: row.median_us for key, row in (self.rows | self.chains).items()}
+
+    @property
+    def _measured_chains(self) -> list[Chain]:
+        return [row.chain for row in self.chains.values()]
 
     def missing(self, ops: Iterable[OpSpec]) -> list[OpSpec]:
         """What is to be measured of the ops, as it is executed, each key once."""
@@ -199,7 +233,7 @@ class LatencyTable:
             rows = [Row(**record) for record in data.select([i.name for i in _ROW]).to_pylist()]
             models = {name: LatencyModel.from_dict(m) for name, m in meta["models"].items()}
             single = [len(json.loads(row.ops)) == 1 for row in rows]
-            return cls(
+            table = cls(
                 Host(**meta["host"]),
                 meta["protocol"],
                 {row.key: row for row, alone in zip(rows, single, strict=True) if alone},
@@ -208,6 +242,7 @@ class LatencyTable:
                 _pace_us(meta["pace_us"]),
                 meta["reports"],
             )
+            _ = table.repeats
         except TableError as error:
             raise TableError(
                 f"{path}: {error.what}",
@@ -219,6 +254,13 @@ class LatencyTable:
                 f"{path} does not read as a table of version {FORMAT_VERSION}: {error}.",
                 next_step="profile again",
             ) from error
+        return table
+
+
+@cache
+def _op(text: str) -> OpSpec:
+    """An op from its JSON: one op is in many chains, and reading it takes a while."""
+    return OpSpec.from_json(text)
 
 
 def _pace_us(value: Any) -> float:

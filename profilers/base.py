@@ -73,12 +73,16 @@ class Profiler(ABC):
     `runtime` names the kernels, the activation grid and the codes of weights, those of `portable`
     files where they are asked for; `suffix` is that of the file that the device runs;
     `seconds_per_row` is how long one row takes beside its counted runs (emitting, checking,
-    opening), for the estimate told beforehand.
+    opening), for the estimate told beforehand. `repeats` are how many copies of an op are timed in
+    a chain, three numbers or more, where the slope over them tells what an op costs inside a
+    network (`latency_tables.slopes`); without them, rows and boundaries tell it
+    (`latency_tables.boundaries`).
     """
 
     runtime: Runtime
     suffix: str = GRAPH
     seconds_per_row: float
+    repeats: tuple[int, ...] = ()
 
     def __init__(self, *, threads: int = 1, batch: int = 1, portable: bool = False) -> None:
         self.threads = threads

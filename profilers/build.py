@@ -27,6 +27,7 @@ from latency_tables.boundaries import Chain, chain_key, probes, with_heads
 from latency_tables.files import explained, held, write_text
 from latency_tables.host import Host
 from latency_tables.ops import OpSpec
+from latency_tables.slopes import hosted, repeated
 from latency_tables.table import LatencyTable, Row
 from profilers.base import Profiler
 from profilers.graphs import check_kernels, emit, random_parameters
@@ -54,24 +55,47 @@ def minutes(
     return count * (timed_s + prepared_s) / 60
 
 
+def row_minutes(
+    profiler: Profiler, chains: Iterable[Chain], protocol: Protocol, *, op_ms: float
+) -> float:
+    """How long timing the rows of a table will take, told beforehand; `op_ms` is about how long an
+    op takes. The few ops of a chain across a boundary count as one.
+    """
+    lengths = Counter(len(chain) if profiler.repeats else 1 for chain in chains)
+    return sum(
+        minutes(profiler, count, protocol, each_ms=length * op_ms, ops=length)
+        for length, count in lengths.items()
+    )
+
+
 def row_model(ops: Chain, profiler: Profiler) -> onnx.ModelProto:
     """The graph that is timed for an op, or for a chain: the shipped form, with random weights from
-    each op's key.
+    each op's key, and others in every further copy of an op.
     """
+    copies = [(op,) * ops[: place + 1].count(op) for place, op in enumerate(ops)]
+    seeds = [zlib.crc32(chain_key(each).encode()) for each in copies]
     numbers = [
-        random_parameters(op, np.random.default_rng(zlib.crc32(op.key.encode()))) for op in ops
+        random_parameters(op, np.random.default_rng(seed))
+        for op, seed in zip(ops, seeds, strict=True)
     ]
     return emit(ops, numbers, profiler.runtime)
 
 
 def missing_chains(table: LatencyTable, ops: Sequence[OpSpec]) -> list[Chain]:
     """What must be measured before the table has all that it takes to price the ops: each op
-    alone, then chains for the boundaries between them.
+    alone, then chains for the boundaries between them, and where the table has `repeats`, hosts
+    with the ops that cannot follow themselves, and copies of those that can.
     """
     known = table.savings_us()
     wanted = [chain for boundary, chain in probes(ops).items() if boundary not in known]
-    chains = [chain for chain in with_heads(wanted) if chain_key(chain) not in table.chains]
-    return [*((op,) for op in table.missing(ops)), *chains]
+    copies: list[Chain] = []
+    if table.repeats:
+        told = table.by_chains()
+        wanted += [chain for chain in hosted(ops) if chain[-1].key not in told]
+        copies = repeated(ops, table.repeats)
+    chains = {chain_key(chain): chain for chain in (*with_heads(wanted), *copies)}
+    missing = [chain for key, chain in chains.items() if key not in table.chains]
+    return [*((op,) for op in table.missing(ops)), *missing]
 
 
 def table_lock(table_path: Path) -> AbstractContextManager[None]:
@@ -147,7 +171,9 @@ def add_rows(
     *,
     network_us: float = math.inf,
 ) -> None:
-    """Put chains that were timed into a table, by key; the first rows of all set its pace."""
+    """Put chains that were timed into a table, by key; the first rows of all set its pace. An op
+    whose chains leave it no positive cost inside a network has an unstable row.
+    """
     if not table.rows:
         table.pace_us = pace_of(block for key in chains for block in blocks[key])
     for key, chain in chains.items():
@@ -158,6 +184,9 @@ def add_rows(
         texts = json.dumps([op.to_json() for op in chain])
         row = Row(key, texts, chain[-1].precision.name, **times)
         (table.rows if len(chain) == 1 else table.chains)[key] = row
+    untold = {key for key, inside in table.by_chains().items() if inside.us <= 0}
+    for key in untold & table.rows.keys():
+        table.rows[key] = replace(table.rows[key], stable=False)
 
 
 def _is_narrow(blocks: Sequence[Samples], protocol: Protocol, network_us: float) -> bool:
@@ -166,14 +195,21 @@ def _is_narrow(blocks: Sequence[Samples], protocol: Protocol, network_us: float)
     return measured.high_us - measured.low_us <= 2 * protocol.tolerance * network_us
 
 
+def empty_table(profiler: Profiler, protocol: Protocol) -> LatencyTable:
+    """A table without rows, in the profiler's condition."""
+    told = protocol.to_dict()
+    if profiler.repeats:
+        told["repeats"] = list(profiler.repeats)
+    return LatencyTable(profiler.host(), told)
+
+
 def open_table(profiler: Profiler, path: Path, protocol: Protocol) -> LatencyTable:
     """The table at `path`, or an empty one; raises TableError where its condition is another."""
-    host = profiler.host()
-    empty = LatencyTable(host, protocol.to_dict())
+    empty = empty_table(profiler, protocol)
     if not path.exists():
         return empty
     table = LatencyTable.load(path)
-    if difference := table.host.difference(host):
+    if difference := table.host.difference(empty.host):
         raise TableError(
             f"{path} was measured on another host ({difference}).",
             accepted="a table of this machine in this condition",

@@ -61,6 +61,10 @@ class Card:
         return "sm{}{}".format(*self.capability)
 
 
+CHAINS = (2, 4, 8)
+"""A GPU's kernels overlap their ends, so an op's cost is the slope over chains of so many copies."""
+
+
 class Buffer:
     """Memory on the card for an array of a shape and a type, at `address`; `held` owns it."""
 

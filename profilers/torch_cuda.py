@@ -23,7 +23,7 @@ from latency_tables.files import write_atomically
 from latency_tables.host import Host
 from latency_tables.ops import OpSpec
 from profilers.base import Array, Profiler, Session
-from profilers.cuda import GraphTimer, TorchCuda, card, open_cuda
+from profilers.cuda import CHAINS, GraphTimer, TorchCuda, card, open_cuda
 from profilers.graph_module import GraphModule
 from profilers.graphs import OPS_METADATA, check_kernels, read_ops, runs_tf32
 from profilers.measure import Protocol, Samples, time_block
@@ -88,6 +88,7 @@ class TorchProfiler(Profiler):
 
     runtime = TORCH
     suffix = PROGRAM
+    repeats = CHAINS
     seconds_per_row = 0.5
     place = torch.device("cuda")
 

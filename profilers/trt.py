@@ -21,7 +21,7 @@ import torch
 
 from latency_tables.host import Host
 from profilers.base import Array, Profiler, Session, WrongKernels
-from profilers.cuda import Buffer, Cuda, GraphTimer, card, open_cuda
+from profilers.cuda import CHAINS, Buffer, Cuda, GraphTimer, card, open_cuda
 from profilers.graph_module import GraphModule
 from profilers.graphs import read_ops
 from profilers.measure import Protocol, Samples
@@ -142,6 +142,7 @@ class TrtProfiler(Profiler):
 
     runtime = TENSORRT
     suffix = PLAN
+    repeats = CHAINS
     seconds_per_row = 1.0
 
     def __init__(self, *, threads: int = 1, batch: int = 1, portable: bool = False) -> None:

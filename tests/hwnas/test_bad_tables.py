@@ -103,6 +103,8 @@ BROKEN: dict[str, tuple[Damage, list[Any]]] = {
     "no pace": (meta("pace_us", 0.0), ["pace_us is 0.0"]),
     "negative pace": (meta("pace_us", -2), ["pace_us is -2"]),
     "pace is no number": (meta("pace_us", "quick"), ["does not read as a table"]),
+    "repeats are no numbers": (meta("protocol.repeats", "many"), ["does not read as a table"]),
+    "no protocol": (meta("protocol", 5), ["does not read as a table"]),
     "another version": (meta("format_version", 1), ["format version 1"]),
 }
 COMMANDS: dict[str, tuple[str, ...]] = {

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +28,12 @@ from hwnas.store import RUN_TABLE, Run, RunConfig, open_run
 from latency_tables.boundaries import chain_key, probes, with_heads
 from latency_tables.model import LatencyModel, Quality
 from latency_tables.ops import COUNTS, OpSpec, Tensor, peak_activation_bytes
+from latency_tables.slopes import hosted
 from latency_tables.table import LatencyTable, Row
 from profilers.build import table_lock
 from profilers.graphs import emit, random_parameters
 from profilers.measure import Measurement
-from profilers.simulated import CALL_US, op_us
+from profilers.simulated import CALL_US, SimulatedProfiler, op_us
 from quant.errors import InvalidInput, TableError, Unreachable
 
 SPACE = str(Path(__file__).parents[2] / "examples" / "own_space.py") + ":space"
@@ -602,6 +603,46 @@ def test_the_plan_tells_what_is_missing_and_what_two_networks_take(unmeasured: J
     assert (networks_left.missing, networks_left.networks) == (0, 39)
     assert 0 < rows_left.minutes < found.minutes
     assert 0 < networks_left.minutes < found.minutes
+
+
+def test_the_plan_of_a_device_that_repeats_ops_counts_what_is_then_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed_here: Callable[..., Any]
+) -> None:
+    """And what that measures predicts whole networks to the digits of the journal."""
+    monkeypatch.setattr("hwnas.calibration.measure_models", timed_here)
+    plain = plan(job_in(tmp_path))
+    monkeypatch.setattr(SimulatedProfiler, "repeats", (2, 4, 8))
+    job = job_in(tmp_path)
+    found = plan(job)
+    assert found.rows == found.missing > plain.missing
+    assert found.minutes > plain.minutes
+    table = job.table
+    assert table.protocol == job.recipe.protocol.to_dict() | {"repeats": [2, 4, 8]}
+    assert len(table.rows) + len(table.chains) == found.missing
+    assert plan(job) == replace(found, missing=0, networks=0, minutes=0.0, probe_ms=(0.0, 0.0))
+    assert job.model.quality.worst_error < 1e-3
+    cost = job.latency
+    for architecture in some(job, 10):
+        true_us = CALL_US + sum(map(op_us, job.space.lower(architecture)))
+        (additive_us,) = cost.totals(job.space, genes_of([architecture])).tolist()
+        assert job.model.predict_ms(additive_us) == pytest.approx(true_us / 1000, rel=1e-3)
+
+
+def test_a_plan_counts_the_copies_of_ops_that_follow_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a preset, beside the chains behind hosts and across boundaries, which share some."""
+    job = job_in(tmp_path, space="mobile-tiny", data="none:10")
+    plain, ops = plan(job), job.space.lattice.ops
+    monkeypatch.setattr(SimulatedProfiler, "repeats", (2, 4, 8))
+    found = plan(job_in(tmp_path, space="mobile-tiny", data="none:10"))
+    again = {op.key for op in ops if op.output == op.inputs[0]}
+    assert len(again) > 10
+    probed, behind = list(probes(ops).values()), hosted(ops)
+    chains = set(map(chain_key, with_heads([*probed, *behind])))
+    assert plain.missing == len(ops) + len(with_heads(probed))
+    assert found.missing == len(ops) + len(chains) + 3 * len(again)
+    assert len(chains) < len(with_heads(probed)) + len(with_heads(behind))
 
 
 class Stop:

@@ -2,10 +2,12 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,17 +16,23 @@ import yaml
 import hwnas.listing
 from hwnas import listing
 from hwnas.recipes import recipe
+from hwnas.spaces.blocks import conv_norm_activation
 from hwnas.spaces.registry import load_space
 from hwnas.store import Run, RunConfig, open_run
 from latency_tables.host import Host
 from latency_tables.model import LatencyModel, Quality
-from latency_tables.ops import COUNTS, OpSpec, peak_activation_bytes
+from latency_tables.ops import COUNTS, OpSpec, Tensor, peak_activation_bytes
 from latency_tables.table import LatencyTable, Row
 from profilers.base import Profiler
+from profilers.build import build_rows
 from profilers.devices import DEVICES, open_profiler
+from profilers.measure import Protocol
+from profilers.simulated import SimulatedProfiler
 from quant.errors import InvalidInput, TableError
+from quant.precision import Precision
 
-SPACE = str(Path(__file__).parents[2] / "examples" / "own_space.py") + ":space"
+ROOT = Path(__file__).parents[2]
+SPACE = f"{ROOT / 'examples' / 'own_space.py'}:space"
 
 
 def json_of(content: Any) -> Any:
@@ -209,6 +217,51 @@ def test_everything_in_a_table_is_told(tmp_path: Path) -> None:
     }
     with pytest.raises(TableError, match="There is no table"):
         listing.table(tmp_path / "absent.parquet")
+
+
+class Repeating(SimulatedProfiler):
+    """The simulated device as one that repeats ops."""
+
+    repeats = (2, 4, 8)
+
+
+def test_a_table_with_slopes_tells_how_many_rows_each_way_prices(
+    tmp_path: Path, hwnas_in: Callable[..., Any]
+) -> None:
+    """On the page and as JSON; a table without them has no such line (above)."""
+    stem, *rest = [
+        conv_norm_activation(
+            tensor, channels, kernel=kernel, precision=Precision("fp32"), activation="hard_swish"
+        )
+        for tensor, channels, kernel in [
+            (Tensor(3, 9, 9), 8, 3),
+            *((Tensor(8, 9, 9), channels, kernel) for channels in (8, 12) for kernel in (1, 3, 5)),
+            (Tensor(12, 9, 9), 12, 3),
+        ]
+    ]
+    path, protocol = tmp_path / "simulated.parquet", Protocol(rounds=1, max_rounds=1, min_runs=1)
+    table = build_rows(Repeating(), [stem, *rest], path, protocol)
+    found = json_of(listing.table(path))
+    assert found["protocol"]["repeats"] == [2, 4, 8]
+    slope_error = found["inside"].pop("slope_error")
+    assert found["inside"] == {"slope": 4, "host": 3, "boundary": 0, "alone": 1}
+    assert 0 <= slope_error < 1e-3
+    shown = hwnas_in(tmp_path, "tables", "show", path.name, "--json").content
+    assert shown["inside"] == found["inside"] | {"slope_error": slope_error}
+    schema = json.loads((ROOT / "docs" / "output.schema.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(shown)
+    line = f"4 by slopes (standard error {slope_error:.1%} in the middle), 3 behind a host, 1 as"
+    assert line in " ".join(hwnas_in(tmp_path, "tables", "show", path.name).out.split())
+    for key in [key for key, row in table.chains.items() if len({op.key for op in row.chain}) == 1]:
+        del table.chains[key]
+    table.save(path)
+    found = json_of(listing.table(path))
+    assert found["inside"] == {
+        "slope": 0, "host": 4, "boundary": 3, "alone": 1, "slope_error": None,
+    }  # fmt: skip
+    told = " ".join(hwnas_in(tmp_path, "tables", "show", path.name).out.split())
+    assert "4 behind a host, 3 by their boundary, 1 as they do alone" in told
+    assert "by slopes" not in told
 
 
 # ---- runs
