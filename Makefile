@@ -2,7 +2,14 @@
 PYTHON ?= python3
 DEVICE ?= cpu
 BIN := .venv/bin
-STAMP := .venv/.installed
+EXTRAS ?= dev
+CONSTRAINTS := constraints.txt
+ifeq ($(DEVICE),gpu)
+EXTRAS := dev,gpu
+CONSTRAINTS := constraints-gpu.txt
+endif
+comma := ,
+STAMP := .venv/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check bench bench-check claims profile clean
@@ -10,12 +17,12 @@ STAMP := .venv/.installed
 help: ## this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	@touch $@
 
-setup: $(STAMP) ## make .venv and install hwnas with the tested versions
+setup: $(STAMP) ## make .venv and install hwnas with the tested versions: DEVICE=cpu|gpu
 
 demo: $(STAMP) ## from nothing to a measured model under a limit on this CPU
 	$(BIN)/hwnas search --data digits --limit-fraction 0.5 --tables demo/tables --run demo/run

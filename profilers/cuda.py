@@ -62,7 +62,7 @@ class Card:
 
 
 CHAINS = (2, 4, 8)
-"""A GPU's kernels overlap their ends, so an op's cost is the slope over chains of so many copies."""
+"""On a GPU an op's cost is the slope over chains of so many copies: their ends cost apart."""
 
 
 class Buffer:
