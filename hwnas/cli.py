@@ -37,6 +37,7 @@ from hwnas.flags import (
     TableName,
     Tables,
     Threads,
+    TrainOn,
     Verbose,
 )  # fmt: skip
 from hwnas.opening import (
@@ -160,6 +161,7 @@ def train(
     config: ConfigFile = None,
     tables: Tables = None,
     run: RunPath = None,
+    train_on: TrainOn = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -204,6 +206,7 @@ def search(
     config: ConfigFile = None,
     tables: Tables = None,
     run: RunPath = None,
+    train_on: TrainOn = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -249,6 +252,7 @@ def search(
 def retrain(
     run: RunPath = None,
     tables: Tables = None,
+    train_on: TrainOn = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -257,7 +261,7 @@ def retrain(
 
     Example: hwnas retrain --run runs/mobile-tiny-digits-cpu-1
     """
-    with command(locals()) as screen, opened_result(run, tables, screen) as (job, where, result):
+    with command(locals()) as screen, opened_result(locals(), screen) as (job, where, result):
         networks = hwnas.run.retrain_finalists(job, where, result)
         found = [hwnas.run.torch_accuracy(network, job.splits) for network in networks]
         rows = [(f"finalist {n}", f"{a:.2%} on SEARCH-VAL") for n, a in enumerate(found)]
@@ -268,6 +272,7 @@ def retrain(
 def export(
     run: RunPath = None,
     tables: Tables = None,
+    train_on: TrainOn = None,
     format_: Annotated[str, typer.Option("--format", help="onnx.")] = "onnx",
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -280,7 +285,7 @@ def export(
     with command(locals()) as screen:
         if format_ != "onnx":
             raise InvalidInput(f"--format is {format_!r}.", accepted="onnx")
-        with opened_result(run, tables, screen) as (job, where, result):
+        with opened_result(locals(), screen) as (job, where, result):
             found = hwnas.run.export(job, where, result)
             rows = [
                 (str(c.path), f"{c.search_val:.2%} on SEARCH-VAL, answers as PyTorch on "
@@ -294,6 +299,7 @@ def export(
 def verify(
     run: RunPath = None,
     tables: Tables = None,
+    train_on: TrainOn = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -302,7 +308,7 @@ def verify(
 
     Example: hwnas verify --run runs/mobile-tiny-digits-cpu-1
     """
-    with command(locals()) as screen, opened_result(run, tables, screen) as (job, where, result):
+    with command(locals()) as screen, opened_result(locals(), screen) as (job, where, result):
         if (result / "certificate.json").exists():
             content = hwnas.run.remeasure(job, result)
         else:
