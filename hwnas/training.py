@@ -140,8 +140,8 @@ def train_steps(
 
     Trains where the module's weights are. Goes on from the checkpoint where it is there, to the
     same weights as without a stop on a CPU, to about the same on another device. The checkpoint of
-    the last step stays. A tensor that a step does not use keeps its value: gradients
-    that are not there (rather than zero) keep momentum and weight decay away.
+    the last step stays. A tensor that a step does not use keeps its value: gradients that are not
+    there (rather than zero) keep momentum and weight decay away.
     """
     state: dict[str, Any] = _restored(module, checkpoint) if checkpoint else {"step": 0}
     start = int(state["step"])

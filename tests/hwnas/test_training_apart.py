@@ -257,6 +257,30 @@ def test_every_quantiser_of_a_step_in_bf16_gives_the_codes_of_fp32() -> None:
     assert checked > 20
 
 
+def test_ranges_statistics_and_scores_do_not_hang_on_autocast() -> None:
+    """Taken inside of a step in bf16 they are those of fp32, to the last bit."""
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            supernet, paths, networks = made(SPACES["mobile"], paths=3)
+            score = Evaluator(supernet, stripes(), recalibration_images=32, validation_images=48)
+            for network in networks:
+                recalibrate(network, stripes(), images=32)
+            found.append(
+                (
+                    {name: range_.clone() for name, range_ in supernet.ranges.named_parameters()},
+                    [score(path) for path in paths],
+                    [n.state_dict() for n in networks],
+                    [accuracy(network, stripes()) for network in networks],
+                )
+            )
+    (ranges, scores, states, shares), (again, again_scores, again_states, again_shares) = found
+    torch.testing.assert_close(again, ranges, rtol=0, atol=0, equal_nan=True)
+    assert again_scores == scores
+    torch.testing.assert_close(again_states, states, rtol=0, atol=0)
+    assert again_shares == shares
+
+
 def test_training_in_bf16_lowers_the_loss_and_scores_in_fp32(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
