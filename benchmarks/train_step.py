@@ -6,21 +6,28 @@ compiled and uncompiled, and in fp32: forward, backward, clipping and optimiser,
 turns. The first turns are dropped. A figure is the median over paths of the ratio of a step's
 seconds to those of its fp32 step. `pact` has DoReFa weights and PACT's ranges, `floats` casts.
 
+`on(device)` asks another question, on any device: what does sharing weights cost? A path's step on
+the supernet, in fp and at random bits, beside the same step of the same network alone (extracted,
+plain modules in fp). Blocks of steps take turns; a block is timed by the device's own clock, which
+is read when all is done, so that nothing waits in between.
+
 Band: with compiled quantisers a step at random bits (absmax weights, LSQ) takes at most 1.15 times
 its fp32 step. Compiled and uncompiled steps leave the same weights, to the last bit.
 """
 
 import os
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 from hwnas.costs.samplers import UniformSampler
+from hwnas.placement import HOST, placement
 from hwnas.recipes import RECIPES
 from hwnas.spaces.mobile import Stage, mobile
 from hwnas.supernet.network import Supernet
-from hwnas.training import loss, optimiser_of
+from hwnas.training import Training
 from quant.kernels import SWITCH
 
 PRECISIONS = {
@@ -32,18 +39,15 @@ STAGES = (Stage(1, 1, (16, 32)), Stage(2, 2, (32, 48)), Stage(3, 2, (64, 96)))
 RECIPE = RECIPES["standard"].supernet
 BATCH, DROPPED = 64, 2
 WAYS = {"compiled": "1", "uncompiled": "0"}
+SHARING = {"fp": 1.05, "mixed": 1.25}
+"""A path's step takes at most so many times the step of its network alone in fp, on a GPU."""
 
 
 def measure(*, reduced: bool):
     """Steps in turns, for each family of precisions."""
     paths = 12 if reduced else 100
-    before = os.environ.get(SWITCH)
-    try:
+    with switch_kept():
         raw = {name: steps(precisions, paths) for name, precisions in PRECISIONS.items()}
-    finally:
-        os.environ.pop(SWITCH)
-        if before is not None:
-            os.environ[SWITCH] = before
     figures = {
         name: {
             **{way: ratio(rows, way) for way in WAYS},
@@ -52,8 +56,59 @@ def measure(*, reduced: bool):
         for name, rows in raw.items()
     }
     figures["threads"] = torch.get_num_threads()
-    figures["same_weights"] = same_weights(PRECISIONS["bits"], steps=4)
+    with switch_kept():
+        figures["same_weights"] = same_weights(PRECISIONS["bits"], steps=4)
     return {"figures": figures, "raw": raw}
+
+
+def on(device, *, size=32, batch=BATCH, paths=20, steps=20):
+    """What sharing costs on a device (`cpu`, `cuda`), images of `size` x `size`.
+
+    For each of `paths` random paths, blocks of `steps` steps in turns. `ratio` has the medians over
+    paths of a block's seconds over those of the network alone in fp (`fp`, `mixed`), and of the
+    path at random bits over its extracted quantised network (`mixed_extracted`).
+    """
+    where = placement(device)
+    with switch_kept():
+        os.environ[SWITCH] = "1"
+        trained = Trained(PRECISIONS["bits"], where, size=size, batch=batch)
+        rng = np.random.default_rng(0)
+        raw = [trained.turns(rng, steps) for _ in range(paths + DROPPED)][DROPPED:]
+    pairs = {
+        "fp": ("path_fp", "alone_fp"),
+        "mixed": ("path_mixed", "alone_fp"),
+        "mixed_extracted": ("path_mixed", "alone_mixed"),
+    }
+    ratio = {
+        name: float(np.median([row[over] / row[under] for row in raw]))
+        for name, (over, under) in pairs.items()
+    }
+    alone_ms = 1000 * float(np.median([row["alone_fp"] for row in raw])) / steps
+    return {
+        "device": where.text, "size": size, "batch": batch, "alone_fp_ms": alone_ms,
+        "ratio": ratio, "raw": raw,
+    }  # fmt: skip
+
+
+def sharing_band(found):
+    """What of `on` is outside the stated band; it is one for GPUs."""
+    return [
+        f"a {name} path's step takes {found['ratio'][name]:.2f} times its network's alone"
+        for name, most in SHARING.items()
+        if found["ratio"][name] > most
+    ]
+
+
+@contextmanager
+def switch_kept():
+    """Leave the switch of compiling as it was."""
+    before = os.environ.pop(SWITCH, None)
+    try:
+        yield
+    finally:
+        os.environ.pop(SWITCH, None)
+        if before is not None:
+            os.environ[SWITCH] = before
 
 
 def ratio(rows, way):
@@ -93,16 +148,19 @@ def same_weights(precisions, *, steps):
 class Trained:
     """A supernet with fp32 and other precisions in its blocks and head, and its optimiser."""
 
-    def __init__(self, precisions):
+    def __init__(self, precisions, where=HOST, *, size=32, batch=BATCH):
         self.space = mobile(
-            "train-step", STAGES, classes=10, size=32, precisions=("fp32", *precisions)
+            "train-step", STAGES, classes=10, size=size, precisions=("fp32", *precisions)
         )
         torch.manual_seed(0)
+        self.where = where
         self.supernet = Supernet(self.space)
-        self.images, self.classes = torch.rand(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,))
-        os.environ[SWITCH] = "0"
+        where.move(self.supernet)
+        images, classes = torch.rand(batch, 3, size, size), torch.randint(0, 10, (batch,))
+        self.images = images.to(where.device, memory_format=where.memory_format)
+        self.classes = classes.to(where.device)
         self.supernet.initialise_ranges(self.images)
-        self.optimiser = optimiser_of(self.supernet, RECIPE)
+        self.training = Training(self.supernet, RECIPE)
 
     def at(self, path, rng):
         """The same path at random precisions, or all in fp32 where `rng` is None."""
@@ -119,12 +177,54 @@ class Trained:
     def step(self, architecture):
         """The seconds of one training step."""
         start = time.perf_counter()
-        self.optimiser.zero_grad(set_to_none=True)
-        logits = self.supernet(self.images, architecture)
-        torch.autograd.backward(loss(logits, self.classes, RECIPE))
-        torch.nn.utils.clip_grad_norm_(self.supernet.parameters(), RECIPE.clip_norm)
-        self.optimiser.step()
+        self._take(self.training, lambda _, x: self.supernet(x, architecture))
         return time.perf_counter() - start
+
+    def turns(self, rng, steps):
+        """The seconds of a block of steps, each way of one random path; one block of each goes
+        before, untimed.
+        """
+        path = UniformSampler(self.space).sample(rng)
+        ways = {}
+        for name, architecture in (("fp", self.at(path, None)), ("mixed", self.at(path, rng))):
+            statistics = self.supernet.recalibrate(architecture, [self.images])
+            alone = self.supernet.extract(architecture, statistics).train()
+            ways[f"path_{name}"] = (self.training, self._shared(architecture))
+            ways[f"alone_{name}"] = (Training(alone, RECIPE), self._alone(alone))
+        order = [list(ways)[place] for place in rng.permutation(len(ways))]
+        marks = []
+        for name in order * 2:
+            before = self._mark()
+            for _ in range(steps):
+                self._take(*ways[name])
+            marks.append((before, self._mark()))
+        self.where.finish()
+        return {
+            name: _between_s(*pair) for name, pair in zip(order, marks[len(order) :], strict=True)
+        }
+
+    def _take(self, training, answer):
+        training.take(0, answer, self.images, self.classes)
+
+    def _shared(self, architecture):
+        return lambda _, x: self.supernet(x, architecture)
+
+    @staticmethod
+    def _alone(network):
+        return lambda _, x: network(x)
+
+    def _mark(self):
+        """A moment on the device's clock, noted by the device where it is one apart."""
+        if not self.where.is_apart:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _between_s(start, end):
+    """The seconds between two marks, once the device has passed both."""
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
 def band(figures):

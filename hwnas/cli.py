@@ -39,6 +39,7 @@ from hwnas.flags import (
     TableName,
     Tables,
     Threads,
+    TrainOn,
     Verbose,
 )  # fmt: skip
 from hwnas.opening import (
@@ -166,6 +167,7 @@ def train(
     config: ConfigFile = None,
     tables: Tables = None,
     run: RunPath = None,
+    train_on: TrainOn = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -211,6 +213,7 @@ def search(
     config: ConfigFile = None,
     tables: Tables = None,
     run: RunPath = None,
+    train_on: TrainOn = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -256,6 +259,7 @@ def search(
 def retrain(
     run: RunPath = None,
     tables: Tables = None,
+    train_on: TrainOn = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -264,7 +268,7 @@ def retrain(
 
     Example: hwnas retrain --run runs/mobile-tiny-digits-cpu-1
     """
-    with command(locals()) as screen, opened_result(run, tables, screen) as (job, where, result):
+    with command(locals()) as screen, opened_result(locals(), screen) as (job, where, result):
         networks = hwnas.run.retrain_finalists(job, where, result)
         found = [hwnas.run.torch_accuracy(network, job.splits) for network in networks]
         rows = [(f"finalist {n}", f"{a:.2%} on SEARCH-VAL") for n, a in enumerate(found)]
@@ -275,6 +279,7 @@ def retrain(
 def export(
     run: RunPath = None,
     tables: Tables = None,
+    train_on: TrainOn = None,
     format_: Annotated[
         str, typer.Option("--format", help="onnx, or tensorrt (of a certified result).")
     ] = "onnx",
@@ -290,14 +295,14 @@ def export(
 
     Example: hwnas export --format tensorrt --compute-capability sm89
     """
-    with command(locals()) as screen:
+    flags = locals()
+    with command(flags) as screen:
         check_format(format_, capability)
-        if format_ == "tensorrt":
-            with opened_result(run, tables, screen) as (job, _, result):
+        with opened_result(flags, screen) as (job, where, result):
+            if format_ == "tensorrt":
                 facts = hwnas.engines.export_engine(job, result, capability or ())
-            screen.done({"engine": facts}, hwnas.engines.engine_rows(facts))
-            return
-        with opened_result(run, tables, screen) as (job, where, result):
+                screen.done({"engine": facts}, hwnas.engines.engine_rows(facts))
+                return
             found = hwnas.run.export(job, where, result)
             rows = [
                 (str(c.path), f"{c.search_val:.2%} on SEARCH-VAL, answers as PyTorch on "
@@ -314,6 +319,7 @@ def verify(
         bool, typer.Option("--layers", help="Also tell where a TensorRT engine's time goes.")
     ] = False,
     tables: Tables = None,
+    train_on: TrainOn = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -322,7 +328,7 @@ def verify(
 
     Example: hwnas verify --run runs/mobile-tiny-digits-cpu-1
     """
-    with command(locals()) as screen, opened_result(run, tables, screen) as (job, where, result):
+    with command(locals()) as screen, opened_result(locals(), screen) as (job, where, result):
         if (result / "certificate.json").exists():
             content = hwnas.run.remeasure(job, result)
         else:

@@ -49,6 +49,7 @@ class Config(BaseModel):
     fix: dict[str, str] = Field(default_factory=dict)
     tables: str | None = None
     run: str | None = None
+    train_on: str | None = None
 
 
 def read_config(path: Path) -> Config:

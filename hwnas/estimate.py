@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hwnas.batches import step_batch
+from hwnas.batches import PlacedImages, TrainingBatches
 from hwnas.costs.limits import Limit
 from hwnas.costs.samplers import UniformSampler
 from hwnas.history import History
@@ -25,7 +25,8 @@ from profilers.measure import now_s
 class Estimate:
     """What is left of a run before its certificate: units of work, and about how long here.
 
-    `step_ms` is what one training step took, measured on an untrained supernet.
+    `step_ms` is what one training step took, measured on an untrained supernet where it is to be
+    trained.
     """
 
     steps: int
@@ -39,6 +40,7 @@ def estimate(job: Job, run: Run, limits: Sequence[Limit]) -> Estimate:
     """What is left of a search under these limits (of training alone where there are none)."""
     torch.manual_seed(job.request.seed)
     supernet = Supernet(job.space, job.profiler.runtime)
+    job.placement.move(supernet)
     recipe = job.recipe
     steps = recipe.supernet.steps - load_supernet(supernet, run.supernet)
     scored, retrained = _left(job, run, limits) if limits else (0, 0)
@@ -70,16 +72,19 @@ def _left(job: Job, run: Run, limits: Sequence[Limit]) -> tuple[int, int]:
 
 def _step_s(job: Job, supernet: Supernet) -> float:
     """Seconds of a forward and backward pass on one batch, the mean over a few random paths."""
-    recipe = job.recipe.supernet
-    batch, classes = step_batch(job.splits.train, recipe.batch, seed=0, step=0)
+    recipe, where = job.recipe.supernet, job.placement
+    few = PlacedImages(job.splits.train.first(recipe.batch), where)
+    batch, classes = TrainingBatches(few, recipe.batch, seed=0).at(0)
     sampler, rng = UniformSampler(job.space), np.random.default_rng(0)
     supernet.initialise_ranges(batch[:2])  # a thrown-away supernet: any range will do
     supernet.train()
     for warm_up in (True, False):
         start, count = now_s(), 0
         while count < 1 or (count < 5 and now_s() - start < 2 and not warm_up):
-            logits = supernet(batch, sampler.sample(rng))
-            torch.autograd.backward(loss(logits, classes, recipe))
+            with where.training():
+                value = loss(supernet(batch, sampler.sample(rng)), classes, recipe)
+            torch.autograd.backward(value)
+            where.finish()
             count += 1
         seconds = (now_s() - start) / count
     return seconds

@@ -110,6 +110,15 @@ Seed = Annotated[
         rich_help_panel=_WHAT,
     ),
 ]
+TrainOn = Annotated[
+    str | None,
+    typer.Option(
+        help="Where weights are trained and scored, cpu or cuda; no part of what a run is. "
+        "(default: cuda where PyTorch can use it)",
+        rich_help_panel=_WHERE,
+        autocompletion=_names("cpu", "cuda"),
+    ),
+]
 Fix = Annotated[
     list[str] | None,
     typer.Option(

@@ -21,6 +21,7 @@ from hwnas.costs.narrowed import narrowed
 from hwnas.costs.population import genes_of
 from hwnas.data import Splits
 from hwnas.methods.registry import method
+from hwnas.placement import Placement, placement
 from hwnas.recipes import Recipe, recipe
 from hwnas.spaces.base import Architecture, SearchSpace
 from hwnas.spaces.registry import image_size, load_space
@@ -69,8 +70,9 @@ class Request:
     fields that differ. Without `image_size` it is the data's own, or what the space is meant for.
     `portable` asks for files that are exact on CPUs that need weights of 7 bits; the host's own may
     be one.
-    `fixed` has the values of genes that a search leaves as they are: like limits, they are not part
-    of what the run is.
+    `train_on` is where weights are trained and scored, `cpu` or `cuda`: without it, cuda where
+    PyTorch can use it. `fixed` has the values of genes that a search leaves as they are. Like
+    limits, neither is part of what the run is.
     """
 
     space: str = "mobile-tiny"
@@ -86,6 +88,7 @@ class Request:
     seed: int = 0
     tables: Path = Path("tables")
     run: Path | None = None
+    train_on: str | None = None
     fixed: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -117,6 +120,8 @@ class Job:
             protocol_of(request.device),
         )
         self.method = method(request.method)
+        if request.train_on is not None:
+            placement(request.train_on)  # refused at once where it cannot be used
         self._costs: dict[str, Cost] = {}
         self._under: dict[Condition, Job] = {}
 
@@ -126,6 +131,11 @@ class Job:
         asked = self.request.image_size
         size = image_size(self.request.space) if asked is None else asked
         return hwnas.data.load(self.request.data, size=size, resize=asked is not None)
+
+    @property
+    def placement(self) -> Placement:
+        """Where weights are trained and scored."""
+        return placement(self.request.train_on)
 
     def check_images(self) -> None:
         """Raise InvalidInput where there are no images to train on."""

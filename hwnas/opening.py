@@ -40,28 +40,36 @@ def opened_job(
     if "precisions" in given:
         given["precisions"] = [name.strip() for name in given["precisions"].split(",")]
     path, tables, limited = flags.get("run"), flags.get("tables"), {}
+    train_on = flags.get("train_on")
     fix = fixed_options(flags.get("fix"))
     if flags.get("config") is not None:
         config = hwnas.config.read_config(flags["config"])
         given = {n: x for n in REQUEST if (x := getattr(config, n)) is not None} | given
         path = path or (Path(config.run) if config.run else None)
         tables = tables or (Path(config.tables) if config.tables else None)
+        if "train_on" in flags:  # of no use to a command that trains nothing
+            train_on = train_on or config.train_on
         limited = dict(config.limits)
         fix = {option: Path(result) for option, result in config.fix.items()} | fix
     if path is not None and (path / "config.yaml").exists():
         given = hwnas.run.request_fields(hwnas.run.read_run(path), given)
     request = hwnas.run.Request(
-        **given, tables=tables_folder(tables), run=path, fixed=hwnas.run.fixed_genes(fix)
+        **given,
+        tables=tables_folder(tables),
+        run=path,
+        train_on=train_on,
+        fixed=hwnas.run.fixed_genes(fix),
     )
     with screen.progress() as progress:
         yield hwnas.run.Job(request, progress), limited
 
 
 @contextmanager
-def opened_result(
-    run: Path | None, tables: Path | None, screen: Screen
-) -> Iterator[tuple["Job", "Run", Path]]:
-    """The job, run and newest result that the later stages work on, with the run held."""
+def opened_result(flags: Mapping[str, Any], screen: Screen) -> Iterator[tuple["Job", "Run", Path]]:
+    """The job, run and newest result that the later stages work on, with the run held: those that
+    --run, --tables and --train-on ask for.
+    """
+    run = flags["run"]
     if run is None:
         found = hwnas.run.list_runs()
         if not found:
@@ -71,8 +79,8 @@ def opened_result(
     screen.known["run"] = str(where.path)
     with screen.progress() as progress, where.locked():
         result = where.best()
-        request = hwnas.run.request_of(where, tables_folder(tables))
-        request = replace(request, fixed=hwnas.run.read_fixed(result))
+        request = hwnas.run.request_of(where, tables_folder(flags["tables"]))
+        request = replace(request, train_on=flags["train_on"], fixed=hwnas.run.read_fixed(result))
         job = hwnas.run.Job(request, progress)
         tell_range(job, screen)
         yield job, where, result
@@ -310,5 +318,5 @@ def announce_recipe(job: "Job", where: "Run", limits: "Sequence[Limit]", screen:
     if work:
         screen.say(
             f"Recipe {job.recipe.name}: {', '.join(work)}: about {max(left.minutes, 0.1):.1f} "
-            f"minutes. Data: {job.splits.describe()}."
+            f"minutes on {job.placement.text}. Data: {job.splits.describe()}."
         )

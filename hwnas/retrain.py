@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hwnas.batches import evaluation_batch, in_order
+from hwnas.batches import PlacedImages, evaluation_batch, in_order
 from hwnas.data import Images, Splits
+from hwnas.placement import placement_of, total
 from hwnas.recipes import RetrainRecipe, TrainingRecipe
 from hwnas.spaces.floats import op_in_float
 from hwnas.training import Checkpoint, Teacher, train_steps
@@ -56,8 +57,11 @@ def teacher_of(network: Network, recipe: RetrainRecipe) -> Teacher:
 
 
 def in_float(network: Network, splits: Splits, *, recalibration_images: int = 2048) -> Network:
-    """The same network in float: a copy of its weights, with its own batch-norm statistics."""
+    """The same network in float beside it: a copy of its weights, with its own batch-norm
+    statistics.
+    """
     twin = Network([op_in_float(op) for op in network.ops])
+    placement_of(network).move(twin)
     known = network.state_dict()
     twin.load_state_dict({name: known[name] for name in twin.state_dict()})
     recalibrate(twin, splits, images=recalibration_images)
@@ -68,14 +72,17 @@ def recalibrate(
     network: Network, splits: Splits, *, images: int = 2048, batch: int | None = None
 ) -> None:
     """Set the running statistics of every batch norm to the cumulative mean over TRAIN images."""
+    where = placement_of(network)
     norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None
     network.train()
-    with torch.no_grad():
-        batch = batch or evaluation_batch(splits.train)
-        for x, _ in in_order(splits.train.first(images), batch, whole=True):
+    with where.scoring():
+        placed = PlacedImages(splits.train.first(images), where)
+        batches = in_order(placed, batch or evaluation_batch(splits.train), whole=True)
+        for count, (x, _) in enumerate(batches, start=1):
+            for norm in norms:
+                norm.momentum = 1 / count  # None would mean the same, read from the device
             network(x)
     network.eval()
 
@@ -87,11 +94,11 @@ def accuracy(network: Network, splits: Splits, *, batch: int | None = None) -> f
 
 def accuracy_on(network: Network, images: Images, *, batch: int | None = None) -> float:
     """The same of other images."""
-    right = 0
-    with torch.no_grad():
-        for x, y in in_order(images, batch or evaluation_batch(images)):
-            right += int((network(x).argmax(1) == y).sum())
-    return right / len(images)
+    where = placement_of(network)
+    with where.scoring():
+        batches = in_order(PlacedImages(images, where), batch or evaluation_batch(images))
+        right = [(network(x).argmax(1) == y).sum() for x, y in batches]
+    return total(right) / len(images)
 
 
 def save_weights(network: Network, path: Path) -> None:
@@ -106,4 +113,5 @@ def load_weights(network: Network, path: Path) -> None:
         network.load_state_dict(state)
     except RuntimeError as error:
         raise damaged(path, error) from error
+    placement_of(network).move(network)
     network.eval()

@@ -15,13 +15,14 @@ MARGINAL_PATHS = 1000
 
 
 def train(job: Job, run: Run) -> Supernet:
-    """The trained supernet; trained now as far as it is not."""
+    """The trained supernet, where it is trained; trained now as far as it is not."""
     torch.manual_seed(job.request.seed)
     supernet = Supernet(job.space, job.profiler.runtime)
+    job.placement.move(supernet)
     steps = load_supernet(supernet, run.supernet)
     if steps < job.recipe.supernet.steps:
         sampler = job.method.sampler(job.space, job.recipe.supernet)
-        run.log("train", steps=job.recipe.supernet.steps, start=steps)
+        run.log("train", steps=job.recipe.supernet.steps, start=steps, on=job.placement.text)
         if job.recipe.supernet.cost_bins and not steps:
             rng = np.random.default_rng(job.request.seed)
             drawn = [sampler.sample(rng, 1.0) for _ in range(MARGINAL_PATHS)]

@@ -16,6 +16,7 @@ from hwnas.export import certificate as certificates
 from hwnas.export.onnx_file import Agreement, accuracy, agreement, write_engine, write_onnx
 from hwnas.job import Job, join, measure
 from hwnas.loop import Finalist, limits_name, read_finalists, result_name, values_of
+from hwnas.placement import HOST
 from hwnas.retrain import accuracy as torch_accuracy
 from hwnas.retrain import in_float, load_weights, retrain, save_weights, teacher_of
 from hwnas.scoring import evaluator, train
@@ -33,7 +34,9 @@ from quant.errors import HwnasError, InvalidInput, Unstable
 
 
 def retrain_finalists(job: Job, run: Run, result: Path) -> list[Network]:
-    """The finalists with trained weights of their own; trained now where they are not."""
+    """The finalists with trained weights of their own, where they are trained; trained now where
+    they are not.
+    """
     networks: list[Network] = []
     score: Evaluator | None = None
     finalists = read_finalists(result)
@@ -43,17 +46,20 @@ def retrain_finalists(job: Job, run: Run, result: Path) -> list[Network]:
         training = result / f"finalist-{number}.training.pt"
         if weights.exists():
             network = Network(job.space.lower(architecture), job.profiler.runtime)
+            job.placement.move(network)
             load_weights(network, weights)
         else:
             score = score or evaluator(job, train(job, run))
             network = score.supernet.extract(architecture, score.statistics(architecture))
             label = f"finalist {number + 1} of {len(finalists)}"
+            run.log("retraining", finalist=number, on=job.placement.text)
             teacher = _teacher(job, score, network, result / f"finalist-{number}.teacher.pt", label)
             _retrain(job, network, training, f"retraining {label}", teacher)
             network.round_biases()
             save_weights(network, weights)
             training.unlink(missing_ok=True)
-            run.log("retrain", finalist=number, search_val=torch_accuracy(network, job.splits))
+            right = torch_accuracy(network, job.splits)
+            run.log("retrain", finalist=number, search_val=right)
         networks.append(network)
     return networks
 
@@ -122,6 +128,7 @@ def export(job: Job, run: Run, result: Path) -> list[Candidate]:
     candidates = []
     for number, network in enumerate(retrain_finalists(job, run, result)):
         graph = result / f"finalist-{number}{GRAPH}"
+        HOST.move(network)
         write_onnx(network, job.profiler, graph)
         path = write_engine(job.profiler, graph)
         images = job.splits.search_val
@@ -330,6 +337,7 @@ def _certificate(
         },
         **_told(measurement),
         "protocol": job.recipe.protocol.to_dict(),
+        "trained_on": run.trained_on(),
         "accuracy": {
             "search_val": shipped.search_val,
             "search_val_shared_weights": finalist.search_val,

@@ -14,7 +14,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,17 @@ class Run:
         with explained(path), path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         _log.info("%s %s", event, " ".join(f"{name}={value}" for name, value in fields.items()))
+
+    def trained_on(self) -> list[str]:
+        """Every device on which weights of this run were trained, as the log tells them (`on`)."""
+        path, found = self.path / "log.jsonl", set()
+        with explained(path):
+            lines = path.read_text().splitlines() if path.exists() else []
+        for line in lines:
+            with suppress(ValueError):  # a line that a crash left in half
+                if on := json.loads(line).get("on"):
+                    found.add(str(on))
+        return sorted(found)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

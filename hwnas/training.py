@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hwnas.batches import step_batch
+from hwnas.batches import PlacedImages, TrainingBatches
 from hwnas.data import Images
+from hwnas.placement import placement_of
 from hwnas.recipes import TrainingRecipe
 from hwnas.weights import damaged, load_state, save_state
 from profilers.build import Progress
@@ -72,7 +73,8 @@ def optimiser_of(module: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optim
     if pact:
         clipping = [p for p in module.parameters() if p in pact]
         groups.append({"params": clipping, "weight_decay": recipe.clipping_decay})
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+    options = placement_of(module).optimiser_options
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, **options)
 
 
 def set_rate(optimiser: torch.optim.Optimizer, recipe: TrainingRecipe, step: int) -> None:
@@ -84,6 +86,42 @@ def set_rate(optimiser: torch.optim.Optimizer, recipe: TrainingRecipe, step: int
 def loss(logits: Tensor, classes: Tensor, recipe: TrainingRecipe) -> Tensor:
     """The loss to minimise."""
     return functional.cross_entropy(logits, classes, label_smoothing=recipe.label_smoothing)
+
+
+class Training:
+    """What a training step takes beside its batch: the same code on every device. Nothing in a step
+    waits for the device, so that it always has work in its queue.
+    """
+
+    def __init__(
+        self, module: nn.Module, recipe: TrainingRecipe, teacher: Teacher | None = None
+    ) -> None:
+        self.where = placement_of(module)
+        self.parameters = list(module.parameters())
+        self.optimiser = optimiser_of(module, recipe)
+        self.recipe = recipe
+        self.teacher = teacher
+
+    def take(
+        self, step: int, logits: Callable[[int, Tensor], Tensor], batch: Tensor, classes: Tensor
+    ) -> None:
+        """One step: forward, backward, clipping of the gradients, optimiser."""
+        set_rate(self.optimiser, self.recipe, step)
+        self.optimiser.zero_grad(set_to_none=True)
+        with self.where.training():
+            answers = logits(step, batch)
+            value = loss(answers, classes, self.recipe)
+            if self.teacher is not None:
+                value = self.teacher.loss(answers, batch, value)
+        torch.autograd.backward(value)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm)
+        self.optimiser.step()
+
+    def restore(self, optimiser: dict[str, Any]) -> None:
+        """Go on from the optimiser's state of a checkpoint, made on whatever device."""
+        for group in optimiser["param_groups"]:
+            group |= self.where.optimiser_options
+        self.optimiser.load_state_dict(optimiser)
 
 
 def train_steps(
@@ -100,36 +138,30 @@ def train_steps(
 ) -> None:
     """Train `module` for the recipe's steps; `logits(step, batch)` is its answer at a step.
 
-    Goes on from the checkpoint where it is there, to the same weights as without a stop. The
-    checkpoint of the last step stays. A tensor that a step does not use keeps its value: gradients
-    that are not there (rather than zero) keep momentum and weight decay away.
+    Trains where the module's weights are. Goes on from the checkpoint where it is there, to the
+    same weights as without a stop on a CPU, to about the same on another device. The checkpoint of
+    the last step stays. A tensor that a step does not use keeps its value: gradients that are not
+    there (rather than zero) keep momentum and weight decay away.
     """
     state: dict[str, Any] = _restored(module, checkpoint) if checkpoint else {"step": 0}
     start = int(state["step"])
-    optimiser = optimiser_of(module, recipe)  # now: Brevitas replaces parameters as it loads them
+    training = Training(module, recipe, teacher)  # now: Brevitas replaces parameters in loading
     if checkpoint and start:
         with _whole(checkpoint.path):
-            optimiser.load_state_dict(state["optimiser"])
+            training.restore(state["optimiser"])
+    placed = PlacedImages(images, training.where)
+    batches = TrainingBatches(placed, recipe.batch, seed=seed, flip=recipe.flip)
     module.train()
     saved_s = now_s()
     for step in range(start, recipe.steps):
-        batch, classes = step_batch(images, recipe.batch, seed=seed, step=step, flip=recipe.flip)
-        set_rate(optimiser, recipe, step)
-        optimiser.zero_grad(set_to_none=True)
-        answers = logits(step, batch)
-        value = loss(answers, classes, recipe)
-        if teacher is not None:
-            value = teacher.loss(answers, batch, value)
-        torch.autograd.backward(value)
-        torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
-        optimiser.step()
+        training.take(step, logits, *batches.at(step))
         done = step + 1
         if checkpoint and (
             done == recipe.steps
             or done % checkpoint.every_steps == 0
             or now_s() - saved_s > CHECKPOINT_S
         ):
-            _save(module, optimiser, checkpoint, done)
+            _save(module, training.optimiser, checkpoint, done)
             saved_s = now_s()
         progress(label, done, recipe.steps)
     module.eval()
@@ -154,7 +186,9 @@ def _restored(module: nn.Module, checkpoint: Checkpoint) -> dict[str, Any]:
                 accepted=f"a checkpoint of {checkpoint.identity}",
                 next_step="name the run that it belongs to, or another --run",
             )
+        where = placement_of(module)
         module.load_state_dict(state["weights"])
+        where.move(module)  # what Brevitas replaces in loading is on the host
         return {**state, "step": int(state["step"])}
 
 

@@ -1,5 +1,6 @@
 """Tensors on disk: written atomically, read without pickled code."""
 
+import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from quant.errors import InvalidInput
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
-    """Write a state; raises InvalidInput where the disk refuses, with the old file kept."""
+    """Write a state, from copies on the host: any device can go on from it.
+
+    Raises InvalidInput where the disk refuses, with the old file kept.
+    """
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(_on_host(state), buffer)
     write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
@@ -26,6 +30,21 @@ def load_state(path: Path) -> dict[str, Any]:
         return state
     except Exception as error:  # torch raises many kinds for a damaged file
         raise damaged(path, error) from error
+
+
+def _on_host(state: Any) -> Any:
+    """The same state, every tensor in it on the host."""
+    match state:
+        case torch.Tensor():
+            return state.cpu()
+        case dict():
+            mine = copy.copy(state)  # with what PyTorch notes beside the weights
+            mine.update((name, _on_host(value)) for name, value in state.items())
+            return mine
+        case list() | tuple():
+            return type(state)(map(_on_host, state))
+        case _:
+            return state
 
 
 def damaged(path: Path, error: Exception) -> InvalidInput:

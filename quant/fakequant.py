@@ -8,7 +8,9 @@
 | fp32, tf32 | as they are | as they are |
 
 The stand-alone layers of `quant.layers` give the same numbers to the last bit. All arithmetic is in
-fp32; sums are taken over values in the order in which they lie in memory.
+fp32, whatever type values come in and are handed on in: a scale of fewer bits would move codes.
+(Handed on in bf16, a code of eight bits times its scale is rounded by up to one step.) On a CPU
+sums are taken over values in the order in which they lie in memory.
 """
 
 import functools
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quant.kernels import Kernel
+from quant.kernels import Kernel, is_apart
 from quant.precision import Grid, Precision, weight_top
 
 LEAST_SCALE = 1e-10
@@ -61,7 +63,7 @@ def fake_quantise_weight(weight: Tensor, bits: int) -> Tensor:
     with torch.no_grad():
         top = weight_top(bits)
         largest = weight.abs().flatten(1).amax(1)
-        scale = torch.clamp(largest, min=LEAST_SCALE).div_(top)
+        scale = _quotient(torch.clamp(largest, min=LEAST_SCALE), top)
         scale = scale.view(-1, *[1] * (weight.ndim - 1))
         rounded = (weight / scale).round_().clamp_(-top, top).mul_(scale)
     return _straight(weight, rounded)
@@ -129,7 +131,7 @@ def first_limit(value: Tensor, grid: Grid) -> Tensor:
     It starts no further out than the largest value: at 8 bits, LSQ's own would. PACT starts there
     too: its paper's fixed start would round most values of a few bits to zero.
     """
-    magnitude = value.detach().abs()
+    magnitude = value.detach().float().abs()
     limit = torch.minimum(2 * magnitude.mean() / grid.high**0.5 * grid.top, magnitude.amax())
     return torch.clamp(limit, min=LEAST_SCALE)
 
@@ -165,7 +167,8 @@ def cast(value: Tensor, precision: Precision) -> Tensor:
         if precision.name == "fp8":
             held = value if _is_dense(value) else value.contiguous()
             low, high = torch.aminmax(held)
-            scale = torch.maximum(-low, high).clamp_(min=LEAST_SCALE).div_(FP8_TOP)
+            largest = torch.maximum(-low, high).float().clamp_(min=LEAST_SCALE)
+            scale = _quotient(largest, FP8_TOP)
             rounded = _in_fp8(_flat(held), scale).as_strided(held.size(), held.stride())
         else:  # not compiled, for a compiler leaves out a cast and the cast back
             rounded = value.to(SHORT_FLOATS[precision.name]).to(value.dtype)
@@ -193,12 +196,14 @@ def _straight(value: Tensor, rounded: Tensor) -> Tensor:
 
 @Kernel
 def _on_grid(value: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    return (value / scale).clamp_(low, high).round_().mul_(scale)  # type: ignore[arg-type]
+    rounded = (value.float() / scale).clamp_(low, high).round_()  # type: ignore[arg-type]
+    return rounded.mul_(scale).to(value.dtype)
 
 
 @Kernel
 def _in_fp8(value: Tensor, scale: Tensor) -> Tensor:
-    return (value / scale).to(torch.float8_e4m3fn).to(value.dtype).mul_(scale)
+    rounded = (value.float() / scale).to(torch.float8_e4m3fn)
+    return rounded.to(scale.dtype).mul_(scale).to(value.dtype)
 
 
 def _parts(
@@ -219,18 +224,32 @@ def _parts(
 def _lsq_gradients(
     value: Tensor, gradient: Tensor, scale: Tensor, *ends: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    scaled = value / scale
+    scaled = value.float() / scale
     codes, inside = _parts(scaled, *ends)
-    return gradient * inside, codes.sub_(scaled.mul_(inside)).mul_(gradient)
+    passed = (gradient * inside).to(gradient.dtype)
+    return passed, codes.sub_(scaled.mul_(inside)).mul_(gradient)
 
 
 @Kernel
 def _pact_gradients(
     value: Tensor, gradient: Tensor, scale: Tensor, *ends: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    codes, inside = _parts(value / scale, *ends)
-    passed = gradient * inside
+    codes, inside = _parts(value.float() / scale, *ends)
+    passed = (gradient * inside).to(gradient.dtype)
     return passed, codes.mul_(inside.neg_().add_(1)).mul_(gradient)
+
+
+def _summed(gradients: Kernel) -> Kernel:
+    """The same gradients with those of the range added up, in one pass where that is compiled."""
+
+    def function(*arguments: Any) -> tuple[Tensor, Tensor]:
+        passed, per_step = gradients.function(*arguments)
+        return passed, per_step.sum()
+
+    return Kernel(function)
+
+
+_lsq_gradients_summed, _pact_gradients_summed = map(_summed, (_lsq_gradients, _pact_gradients))
 
 
 class _ActivationQuantiser(torch.autograd.Function):
@@ -252,14 +271,17 @@ class _ActivationQuantiser(torch.autograd.Function):
         grid, gradient = ctx.grid, gradients[0]
         if gradient.stride() != value.stride():
             gradient = torch.empty_like(value).copy_(gradient)
-        if ctx.pact:
-            kernel, share = _pact_gradients, 1.0
-        else:
-            kernel, share = _lsq_gradients, (value.numel() * grid.high) ** -0.5
-        passed, per_step = kernel(
+        share = 1.0 if ctx.pact else (value.numel() * grid.high) ** -0.5
+        arguments = (
             _flat(value), _flat(gradient), _scale(limit, grid), grid.low, grid.high, *ctx.inside
-        )
-        for_limit = per_step.sum() * share * limit.sign() / grid.top
+        )  # fmt: skip
+        if is_apart(value):
+            kernel = _pact_gradients_summed if ctx.pact else _lsq_gradients_summed
+            passed, steps = kernel(*arguments)
+        else:
+            passed, per_step = (_pact_gradients if ctx.pact else _lsq_gradients)(*arguments)
+            steps = per_step.sum()
+        for_limit = steps * share * limit.sign() / grid.top
         passed = passed.as_strided(value.size(), value.stride())
         return passed, for_limit.view_as(limit), None, None, None
 
@@ -276,7 +298,13 @@ def _inside(grid: Grid, pact: bool, relu: bool) -> tuple[float, float]:
 
 
 def _scale(limit: Tensor, grid: Grid) -> Tensor:
-    return torch.clamp(limit.abs(), min=LEAST_SCALE) / grid.top
+    return _quotient(torch.clamp(limit.abs(), min=LEAST_SCALE), grid.top)
+
+
+def _quotient(value: Tensor, number: float) -> Tensor:
+    """The quotient of two numbers, rounded correctly on every device."""
+    divisor = torch.full((), number, device=value.device) if is_apart(value) else number
+    return value / divisor
 
 
 def _is_dense(value: Tensor) -> bool:

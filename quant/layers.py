@@ -168,9 +168,10 @@ class ActivationQuantiser(nn.Module):
             self._range.fill_(limit)
 
     def forward(self, value: torch.Tensor, *, relu: bool = False) -> torch.Tensor:
-        """The values, or max(value, 0), rounded."""
-        result: torch.Tensor = self.quantiser(functional.relu(value) if relu else value)
-        return result
+        """The values, or max(value, 0), rounded; in fp32, whatever type they come in."""
+        floats = value.float()
+        result: torch.Tensor = self.quantiser(functional.relu(floats) if relu else floats)
+        return result.to(value.dtype)
 
 
 def write_qcdq(module: nn.Module, images: torch.Tensor, path: Path) -> None:

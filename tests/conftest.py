@@ -1,11 +1,14 @@
-"""What tests of several folders share: a Python that has NumPy and ONNX Runtime alone."""
+"""What tests of several folders share: a Python that has NumPy and ONNX Runtime alone, a GPU."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from hwnas.placement import Placement, cuda_fault, placement
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +35,18 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     subprocess.run([str(python), "-c", script], check=True, env={}, cwd=folder)
     return python
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests that need no GPU see none, nor do their processes: weights are trained on the CPU."""
+    asked = str(config.option.markexpr)
+    if "gpu" not in asked or "not gpu" in asked:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(scope="session")
+def cuda() -> Placement:
+    """The card that PyTorch computes on; skips where there is none."""
+    if fault := cuda_fault():
+        pytest.skip(f"PyTorch cannot compute on CUDA here: {fault}")
+    return placement("cuda")

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 from torch.nn import functional
 
-from hwnas.batches import evaluation_batch, in_order
+from hwnas.batches import PlacedImages, evaluation_batch, in_order
 from hwnas.data import Splits
+from hwnas.placement import placement_of, total
 from hwnas.spaces.base import Architecture
 from hwnas.supernet.network import NormStatistics, Supernet
 
@@ -25,7 +26,8 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates each architecture once, all on the same images.
+    """Evaluates each architecture once, all on the same images, where the supernet's weights are
+    and in fp32 there.
 
     Batch norms are recalibrated on the first `recalibration_images` of TRAIN before every score.
     """
@@ -40,28 +42,32 @@ class Evaluator:
         batch: int | None = None,
     ) -> None:
         self.supernet = supernet
-        train, val = splits.train, splits.search_val
-        batch = batch or evaluation_batch(train)
-        self._recalibration = [
-            x for x, _ in in_order(train.first(recalibration_images), batch, whole=True)
-        ]
-        self._validation = list(in_order(val.first(validation_images), batch))
+        self.where = placement_of(supernet)
+        self._batch = batch or evaluation_batch(splits.train)
+        self._recalibration = PlacedImages(splits.train.first(recalibration_images), self.where)
+        self._validation = PlacedImages(splits.search_val.first(validation_images), self.where)
         self._known: dict[Architecture, Evaluation] = {}
 
     def statistics(self, architecture: Architecture) -> NormStatistics:
         """The architecture's recalibrated batch-norm statistics."""
-        return self.supernet.recalibrate(architecture, self._recalibration)
+        batches = in_order(self._recalibration, self._batch, whole=True)
+        return self.supernet.recalibrate(architecture, (x for x, _ in batches))
 
     def __call__(self, architecture: Architecture) -> Evaluation:
         """The architecture's accuracy and loss on SEARCH-VAL."""
         if architecture not in self._known:
-            statistics = self.statistics(architecture)
-            right, loss, seen = 0, 0.0, 0
-            with torch.no_grad():
-                for x, y in self._validation:
-                    logits = self.supernet(x, architecture, statistics)
-                    right += int((logits.argmax(1) == y).sum())
-                    loss += float(functional.cross_entropy(logits, y, reduction="sum"))
-                    seen += len(y)
-            self._known[architecture] = Evaluation(right / seen, loss / seen)
+            self._known[architecture] = self._evaluated(architecture)
         return self._known[architecture]
+
+    def _evaluated(self, architecture: Architecture) -> Evaluation:
+        """The device is waited for once, at the end."""
+        statistics = self.statistics(architecture)
+        right: list[Tensor] = []
+        losses: list[Tensor] = []
+        with self.where.scoring():
+            for x, y in in_order(self._validation, self._batch):
+                logits = self.supernet(x, architecture, statistics)
+                right.append((logits.argmax(1) == y).sum())
+                losses.append(functional.cross_entropy(logits, y, reduction="sum"))
+        seen = len(self._validation)
+        return Evaluation(total(right) / seen, total(losses) / seen)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hwnas.placement import placement_of
 from hwnas.spaces.base import Architecture, PlacedOp, SearchSpace
 from hwnas.supernet.elastic import ElasticLayer, ElasticRange, Statistics
 from latency_tables.ops import Layer
@@ -76,14 +77,17 @@ class Supernet(nn.Module):
                 if layer.norm:
                     zeros = torch.zeros(layer.channels, device=device)
                     statistics[number, index] = (zeros, torch.ones_like(zeros))
-        with torch.no_grad():
+        with placement_of(self).scoring():
             for count, images in enumerate(batches, start=1):
                 self._run(images, architecture, statistics, 1 / count)
         return statistics
 
     def extract(self, architecture: Architecture, statistics: NormStatistics) -> Network:
-        """The architecture as a network with weights of its own, the same to the last bit."""
+        """The architecture as a network with weights of its own beside the shared ones, the same
+        to the last bit.
+        """
         network = Network(self.space.lower(architecture), self.runtime)
+        placement_of(self).move(network)
         with torch.no_grad():
             for number, (placed, module) in enumerate(
                 zip(self.space.walk(architecture), network.op_modules, strict=True)
@@ -127,7 +131,7 @@ class Supernet(nn.Module):
             path = self.space.heaviest(unset)
             if not any(level[e] for level, e in zip(unset, self.space.edges(path), strict=True)):
                 return  # what is left stands on no whole network
-            with torch.no_grad():
+            with placement_of(self).scoring():
                 self._run(images, path, None, None, initialise=True)
 
     def _run(

@@ -35,7 +35,7 @@ def train_supernet(
     progress: Progress,
     checkpoint_every: int = CHECKPOINT_STEPS,
 ) -> None:
-    """Train shared weights on TRAIN; goes on from `checkpoint` if it is there.
+    """Train shared weights on TRAIN, where they are; goes on from `checkpoint` if it is there.
 
     The recipe's first steps run each path in float. The first quantised step sets the ranges of
     activations, from its batch and the weights as they then are.

@@ -1,4 +1,4 @@
-"""Batches: what they depend on, and the shift against a slow loop."""
+"""Batches: what they depend on, and how they are made, against NumPy and against a slow loop."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hwnas.batches import evaluation_batch, in_order, shifted, step_batch
-from hwnas.data import Images, as_input
+from hwnas.batches import (
+    PlacedImages,
+    TrainingBatches,
+    evaluation_batch,
+    in_order,
+    shifts,
+    step_batch,
+)
+from hwnas.data import Bytes, Images, as_input
+from hwnas.placement import HOST, Placement, placement
 
 
 def numbered(count: int, side: int = 6) -> Images:
@@ -22,6 +30,112 @@ def random_images(count: int, seed: int = 0, channels: int = 1) -> Images:
     rng = np.random.default_rng(seed)
     x = rng.integers(0, 256, (count, 6, 7, channels), dtype=np.uint8)
     return Images(x, rng.integers(0, 3, count))
+
+
+def shifted(x: Bytes, rng: np.random.Generator, most: int) -> Bytes:
+    """Images moved by `shifts`, which draws from `rng`, picked by NumPy."""
+    rows, columns = shifts(rng, *x.shape[:3], most=most)
+    return x[np.arange(len(x))[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def batch_by_numpy(
+    images: Images, size: int, *, seed: int, step: int, flip: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The batch of a step, made by NumPy alone: padded, shifted by a window, mirrored in place."""
+    size = min(size, len(images))
+    epoch, place = divmod(step, len(images) // size)
+    order = np.random.default_rng([seed, 1, epoch]).permutation(len(images))
+    chosen = order[place * size : (place + 1) * size]
+    rng = np.random.default_rng([seed, 2, step])
+    x = images.x[chosen]
+    height, width = x.shape[1:3]
+    most = max(1, height // 16)
+    padded = np.pad(x, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
+    down, right = rng.integers(0, 2 * most + 1, (2, size))
+    rows, columns = down[:, None] + np.arange(height), right[:, None] + np.arange(width)
+    x = padded[np.arange(size)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    if flip:
+        mirrored = rng.random(size) < 0.5
+        x[mirrored] = x[mirrored, :, ::-1]
+    return as_input(x), images.y[chosen]
+
+
+class Crowded(Placement):
+    """A device without room for a split."""
+
+    def holds(self, array: np.ndarray) -> bool:
+        return False
+
+
+PLACES = [HOST, Crowded(HOST.device)]
+
+
+@pytest.mark.parametrize("where", PLACES, ids=["resident", "copied"])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("shape", [(6, 7, 1), (32, 32, 1), (32, 32, 3), (48, 33, 3), (65, 64, 2)])
+def test_batches_are_those_of_numpy_bit_for_bit(
+    shape: tuple[int, int, int], flip: bool, where: Placement
+) -> None:
+    """Over three epochs, forward and then back again, with a copy left out of every epoch."""
+    assert_numpys_batches(shape, flip, where)
+
+
+def assert_numpys_batches(shape: tuple[int, int, int], flip: bool, where: Placement) -> None:
+    rng = np.random.default_rng(1)
+    images = Images(rng.integers(0, 256, (29, *shape), dtype=np.uint8), rng.integers(0, 9, 29))
+    batches = TrainingBatches(PlacedImages(images, where), 9, seed=5, flip=flip)
+    for step in [*range(9), *reversed(range(9))]:
+        x, y = batches.at(step)
+        expected_x, expected_y = batch_by_numpy(images, 9, seed=5, step=step, flip=flip)
+        assert x.device.type == y.device.type == where.device.type
+        assert x.dtype == torch.float32
+        np.testing.assert_array_equal(x.cpu().numpy().view(np.int32), expected_x.view(np.int32))
+        np.testing.assert_array_equal(y.cpu().numpy(), expected_y)
+    for size in (4, 29, 40):
+        found = list(in_order(PlacedImages(images, where), size))
+        assert [len(y) for _, y in found][:-1] == [size] * (len(found) - 1)
+        np.testing.assert_array_equal(torch.cat([x for x, _ in found]).cpu(), as_input(images.x))
+        np.testing.assert_array_equal(torch.cat([y for _, y in found]).cpu(), images.y)
+
+
+def test_on_a_cpu_a_batch_lies_in_memory_as_a_file_takes_it() -> None:
+    """Kernels are chosen by it, and what they add up in which order: it is part of a result."""
+    x, _ = step_batch(random_images(9, channels=3), 4, seed=0, step=0)
+    assert x.is_contiguous()
+    assert next(in_order(random_images(9, channels=3), 4))[0].is_contiguous()
+
+
+@pytest.mark.parametrize("where", PLACES, ids=["resident", "copied"])
+def test_images_that_may_not_be_written_to_or_lie_apart_are_taken(where: Placement) -> None:
+    every = random_images(40, channels=3)
+    apart = Images(every.x[::2], every.y[::2])
+    locked = Images(apart.x.copy(), apart.y.copy())
+    for array in (locked.x, locked.y):
+        array.flags.writeable = False
+    for images in (apart, locked):
+        x, y = TrainingBatches(PlacedImages(images, where), 8, seed=1).at(3)
+        expected_x, expected_y = batch_by_numpy(images, 8, seed=1, step=3, flip=False)
+        np.testing.assert_array_equal(x, expected_x)
+        np.testing.assert_array_equal(y, expected_y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("room", [True, False], ids=["resident", "copied"])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("shape", [(6, 7, 1), (32, 32, 3), (65, 64, 2)])
+def test_batches_on_cuda_are_those_of_numpy_bit_for_bit(
+    shape: tuple[int, int, int], flip: bool, room: bool, cuda: Placement
+) -> None:
+    """Every byte is among them: 255 quotients that are rounded as on a CPU."""
+    assert_numpys_batches(shape, flip, cuda if room else Crowded(cuda.device))
+
+
+@pytest.mark.gpu
+def test_batches_on_cuda_are_channels_last_and_on_the_card_where_they_fit(cuda: Placement) -> None:
+    placed = PlacedImages(random_images(20, channels=3), placement("cuda"))
+    assert placed.is_resident
+    x, _ = TrainingBatches(placed, 8, seed=0).at(0)
+    assert x.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_in_order_gives_every_image_once_and_in_order() -> None:

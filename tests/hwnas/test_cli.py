@@ -22,6 +22,7 @@ from typer.main import get_command
 
 from hwnas import cli, opening
 from hwnas.job import LIMITS
+from hwnas.placement import cuda_fault
 from hwnas.spaces.base import Architecture
 from hwnas.spaces.registry import SPACES, load_space
 from hwnas.supernet.evaluator import Evaluation, Evaluator
@@ -300,7 +301,7 @@ def test_verbose_tells_every_stage(tmp_path: Path, hwnas_in: Commands) -> None:
     common = ("search", *SMALL, "--limit-fraction", "0.5")
     answer = hwnas_in(tmp_path, *common, "--verbose")
     stages = re.findall(r"^\d\d:\d\d:\d\d (\w+) ", answer.told, re.MULTILINE)
-    assert stages == ["train", "search", "retrain", "retrain", "verify"]
+    assert stages == ["train", "search", *["retraining", "retrain"] * 2, "verify"]
     assert not re.search(r"^\d\d:\d\d:\d\d ", hwnas_in(tmp_path, *common, "--seed", "1").told)
 
 
@@ -410,6 +411,73 @@ def test_a_flag_that_contradicts_the_run_is_named(
         answer = hwnas_in(folder, "train", "--run", summary["run"], flag, value)
         assert answer.code == 2
         assert f"{flag} {value} contradicts {summary['run']}" in answer.told
+
+
+# ---- where weights are trained
+
+
+NO_CUDA = pytest.mark.skipif(not cuda_fault(), reason="CUDA can be used here")
+TRAINING = ("train", "search --limit-fraction 0.5")
+LATER = ("retrain", "export", "verify")
+
+
+@NO_CUDA
+@pytest.mark.parametrize("line", TRAINING)
+def test_cuda_that_is_not_there_is_refused_before_anything_is_done(
+    line: str, tmp_path: Path, hwnas_in: Commands
+) -> None:
+    (tmp_path / "run.yaml").write_text("train_on: cuda\n")
+    for asked in (("--train-on", "cuda"), ("--config", "run.yaml")):
+        answer = hwnas_in(tmp_path, *line.split(), *SMALL, *asked, "--json")
+        assert answer.code == 2
+        error = answer.content["error"]
+        assert error["what"].startswith("PyTorch cannot compute on CUDA here: ")
+        assert error["accepted"].startswith("cpu, ")
+        assert error["next"]
+        assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+@NO_CUDA
+@pytest.mark.parametrize("line", LATER)
+def test_later_stages_refuse_it_too(line: str, folder: Path, hwnas_in: Commands) -> None:
+    answer = hwnas_in(folder, line, "--train-on", "cuda")
+    assert answer.code == 2
+    assert "cannot compute on CUDA" in answer.told
+
+
+def test_another_device_to_train_on_is_refused(tmp_path: Path, hwnas_in: Commands) -> None:
+    answer = hwnas_in(tmp_path, "train", *SMALL, "--train-on", "tpu", "--json")
+    assert answer.code == 2
+    assert answer.content["error"]["accepted"] == "cpu, cuda"
+
+
+def test_what_profiles_does_not_mind_where_weights_are_trained(
+    folder: Path, hwnas_in: Commands
+) -> None:
+    """Of a file that is for a machine with a GPU; the table is there."""
+    (folder / "gpu.yaml").write_text("train_on: cuda\n")
+    assert hwnas_in(folder, "profile", *SMALL[:4], "--recipe", "smoke", "--config", "gpu.yaml"
+                    ).code == 0  # fmt: skip
+
+
+def test_where_weights_are_trained_is_told_and_no_part_of_a_run(
+    folder: Path, summary: dict[str, Any], hwnas_in: Commands
+) -> None:
+    asked = ("search", *SMALL, "--limit-fraction", "0.5", "--train-on", "cpu", "--json")
+    answer = hwnas_in(folder, *asked)
+    assert answer.content == summary, "what was searched without the flag is known with it"
+    log = (folder / summary["run"] / "log.jsonl").read_text().splitlines()
+    told = {line["event"]: line.get("on") for line in map(json.loads, log)}
+    assert told["train"] == told["retraining"] == "cpu"
+    assert "train_on" not in (folder / summary["run"] / "config.yaml").read_text()
+
+
+def test_the_estimate_says_where_weights_will_be_trained(
+    tmp_path: Path, hwnas_in: Commands
+) -> None:
+    answer = hwnas_in(tmp_path, "train", *SMALL, "--train-on", "cpu")
+    assert answer.code == 0, answer.told
+    assert re.search(r"about [\d.]+ minutes on cpu\. Data:", " ".join(answer.told.split()))
 
 
 def test_flags_that_were_not_given_are_the_runs_own(

@@ -47,6 +47,7 @@ EVERYTHING: dict[str, Any] = {
     "fix": {"block": "runs/mine/results/params=40000.0"},
     "tables": "elsewhere/tables",
     "run": "runs/mine",
+    "train_on": "cpu",
 }
 
 

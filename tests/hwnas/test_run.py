@@ -102,6 +102,7 @@ def test_the_certificate_names_what_it_certifies(
     assert content["hashes"]["model"] == hwnas.run.certificates.sha256(shipped)
     assert content["hashes"]["table"] == hwnas.run.certificates.sha256(run.table)
     assert content["host"]["device"] == "simulated"
+    assert content["trained_on"] == ["cpu"]
     assert content["counts"]["size_bytes"] == shipped.stat().st_size
     ops = job.space.lower(job.space.parse(content["architecture"]))
     assert content["counts"]["macs"] == sum(op.macs for op in ops)

@@ -380,6 +380,19 @@ def test_every_line_of_the_log_is_json_with_time_event_and_fields(tmp_path: Path
         assert datetime.fromisoformat(line["time"]).tzinfo is not None
 
 
+def test_where_weights_were_trained_is_read_from_the_log(tmp_path: Path) -> None:
+    """Each device once, whatever else the log tells; half a line, as a crash leaves it, is none."""
+    run = open_run(CONFIG, tmp_path / "run")
+    assert run.trained_on() == []
+    run.log("train", steps=3, on="cuda (NVIDIA L4)")
+    run.log("note", text="on")
+    for _ in range(2):
+        run.log("retraining", finalist=0, on="cpu")
+    with (run.path / "log.jsonl").open("a") as file:
+        file.write('{"time": "2026", "event": "train", "on": "mo')
+    assert run.trained_on() == ["cpu", "cuda (NVIDIA L4)"]
+
+
 TRY_TO_LOCK = """
 import sys
 from pathlib import Path

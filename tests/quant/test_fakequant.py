@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from hwnas.placement import HOST, Placement
 from quant import layers
 from quant.fakequant import (
     LEAST_SCALE,
@@ -19,7 +20,7 @@ from quant.fakequant import (
     first_limit,
     round_weight,
 )
-from quant.precision import ONNXRUNTIME, TENSORRT, Grid, Precision
+from quant.precision import ONNXRUNTIME, TENSORRT, Grid, Precision, Runtime
 
 BITS = (2, 3, 4, 8)
 GRIDS = [(bits, signed) for bits, signed in itertools.product(BITS, (False, True))]
@@ -450,3 +451,111 @@ def test_the_scheme_follows_from_the_precision() -> None:
         "pact-w4a8": dorefa_weight(weight, 4),
     }.items():
         assert torch.equal(round_weight(weight, Precision(name)), expected), name
+
+
+# ---- values of fewer bits, as a training step in bf16 has them
+
+
+@pytest.mark.parametrize("pact", [False, True], ids=["lsq", "pact"])
+@pytest.mark.parametrize("runtime", [ONNXRUNTIME, TENSORRT], ids=["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize(("bits", "signed"), GRIDS)
+def test_values_in_bf16_have_the_codes_and_gradients_of_fp32(
+    bits: int, signed: bool, runtime: Runtime, pact: bool
+) -> None:
+    grid = runtime.grid(bits, signed=signed)
+    value, gradient = (_random(8, 64, 5, 5, seed=seed).bfloat16() for seed in (1, 2))
+    found = []
+    for held in (value, value.float()):
+        x, limit = held.clone().requires_grad_(), torch.tensor(1.7, requires_grad=True)
+        rounded = fake_quantise_activation(x, limit, grid, pact=pact, relu=grid.low == 0)
+        rounded.backward(gradient.to(held.dtype))
+        assert rounded.dtype == held.dtype
+        assert x.grad is not None
+        assert x.grad.dtype == held.dtype
+        assert limit.grad is not None
+        assert limit.grad.dtype == torch.float32
+        found.append((rounded.detach(), x.grad, limit.grad))
+    (short, short_x, short_limit), (exact, exact_x, exact_limit) = found
+    assert torch.equal(short, exact.bfloat16())
+    assert torch.equal(short_x, exact_x.bfloat16())
+    assert torch.equal(short_limit, exact_limit)
+    if grid.high <= 127:
+        scale = 1.7 / grid.top
+        assert torch.equal((short.float() / scale).round(), (exact / scale).round())
+
+
+def test_arithmetic_in_bf16_would_move_codes() -> None:
+    """The negative control: the same formula, computed in bf16 throughout."""
+    grid = ONNXRUNTIME.grid(8, signed=True)
+    value, limit = _random(4096).bfloat16(), torch.tensor(1.7)
+    scale = (limit / grid.top).bfloat16()
+    computed = (value / scale).round().clamp(grid.low, grid.high) * scale
+    assert not torch.equal(computed, fake_quantise_activation(value, limit, grid))
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp16", "bf16"])
+def test_casting_values_in_bf16_is_casting_them_in_fp32(name: str) -> None:
+    value = _random(8, 16, 5, 5).bfloat16() * 10
+    found = cast(value, Precision(name))
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, cast(value.float(), Precision(name)).bfloat16())
+
+
+def test_a_first_range_is_measured_in_fp32() -> None:
+    grid = ONNXRUNTIME.grid(8, signed=True)
+    value = _random(64, 64).bfloat16()
+    assert torch.equal(first_limit(value, grid), first_limit(value.float(), grid))
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w4a4", "w2a4", "pact-w4a4"])
+def test_a_convolution_under_autocast_rounds_its_weight_in_fp32(precision: str) -> None:
+    """What the convolution gets is the rounded weight, cast once: images of one bright pixel read
+    it back.
+    """
+    layer = layers.conv(
+        16, 8, kernel=1, stride=1, groups=1, bias=False, precision=Precision(precision)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(torch.eye(16).reshape(16, 16, 1, 1))
+    assert found.dtype == torch.bfloat16
+    exact = round_weight(layer.weight.detach(), Precision(precision))
+    assert torch.equal(found[:, :, 0, 0].T, exact[:, :, 0, 0].bfloat16())
+
+
+# ---- a card
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pact", [False, True], ids=["lsq", "pact"])
+@pytest.mark.parametrize(("bits", "signed"), GRIDS)
+def test_on_a_card_codes_are_those_of_a_cpu_to_the_last_bit(
+    bits: int, signed: bool, pact: bool, cuda: Placement
+) -> None:
+    """Scales too, which are quotients by numbers of the host; gradients but for a sum's order."""
+    grid = ONNXRUNTIME.grid(bits, signed=signed)
+    for seed in range(20):
+        value = _random(8, 64, 5, 5, seed=seed)
+        start = torch.rand((), generator=torch.Generator().manual_seed(seed)) * 3 + 0.1
+        found = []
+        for device in (HOST.device, cuda.device):
+            x = value.to(device).requires_grad_()
+            limit = start.to(device).requires_grad_()
+            rounded = fake_quantise_activation(x, limit, grid, pact=pact)
+            rounded.backward(_random(8, 64, 5, 5, seed=seed + 100).to(device))
+            assert x.grad is not None
+            assert limit.grad is not None
+            found.append([t.detach().cpu() for t in (rounded, x.grad, limit.grad)])
+        (here, here_x, here_limit), (there, there_x, there_limit) = found
+        assert torch.equal(here, there)
+        assert torch.equal(here_x, there_x)
+        torch.testing.assert_close(there_limit, here_limit, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["w8a8", "w4a4", "w2a4", "fp8", "fp16"])
+def test_on_a_card_weights_are_rounded_as_on_a_cpu(precision: str, cuda: Placement) -> None:
+    """DoReFa is left out: its tanh has a last bit of its own on every device."""
+    for seed in range(20):
+        weight = _random(24, 12, 3, 3, seed=seed)
+        here = round_weight(weight, Precision(precision))
+        assert torch.equal(round_weight(weight.to(cuda.device), Precision(precision)).cpu(), here)

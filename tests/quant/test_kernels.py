@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from hwnas.placement import Placement
 from quant import fakequant, kernels
 from quant.fakequant import cast, fake_quantise_activation
-from quant.kernels import SMALLEST, Kernel
+from quant.kernels import APART_SMALLEST, SMALLEST, Kernel
 from quant.precision import ONNXRUNTIME, TENSORRT, Grid, Precision
 
 SHAPES = [(4, 32, 17, 19), (300, 128), (SMALLEST,)]
@@ -27,7 +28,10 @@ GRIDS = [
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels that were never used, in a process where compiling has not failed."""
     monkeypatch.setattr(Kernel, "possible", True)
-    for name in ("_on_grid", "_lsq_gradients", "_pact_gradients", "_in_fp8"):
+    for name in (
+        "_on_grid", "_lsq_gradients", "_pact_gradients", "_in_fp8",
+        "_lsq_gradients_summed", "_pact_gradients_summed",
+    ):  # fmt: skip
         monkeypatch.setattr(fakequant, name, Kernel(getattr(fakequant, name).function))
     torch.compiler.reset()
     yield
@@ -153,3 +157,89 @@ def test_a_process_without_a_compiler_trains_all_the_same(tmp_path: object) -> N
     )
     assert done.stdout == "True\n"
     assert done.stderr.count("quantisers run uncompiled") == 1
+
+
+# ---- devices apart
+
+
+class Elsewhere:
+    """What a kernel asks of a value, of one on another device."""
+
+    def __init__(self, count: int, device: str = "cuda") -> None:
+        self.count, self.device = count, torch.device(device)
+
+    def numel(self) -> int:
+        return self.count
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_on_a_device_apart_compiling_needs_larger_tensors_and_exact_quotients(
+    exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "divides", lambda: exact)
+    monkeypatch.setattr(kernels, "APART_PAYS_AFTER", 3 * APART_SMALLEST)
+    for switch, expected in (("", [0, 0, 0, 1, 1]), ("0", [0] * 5), ("1", [1] * 5)):
+        monkeypatch.setenv(kernels.SWITCH, switch)
+        kernel = Kernel(lambda value: value)
+        assert not kernel._compiles(Elsewhere(APART_SMALLEST - 1))  # type: ignore[arg-type]
+        found = [kernel._compiles(Elsewhere(APART_SMALLEST)) for _ in range(5)]  # type: ignore[arg-type]
+        assert found == [bool(x) and exact for x in expected]
+
+
+def test_the_option_for_exact_quotients_is_passed_where_the_compiler_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: given.append(options["options"]))
+    for known in (True, False):
+        monkeypatch.setattr(kernels, "divides", lambda known=known: known)
+        _ = Kernel(lambda value: value).compiled
+    assert given == [{kernels.DIVISION: True}, None]
+
+
+def test_gradients_with_their_sum_are_the_gradients_and_their_sum() -> None:
+    """On a CPU, where no compiled code adds up: what a device apart runs in one pass."""
+    rng = torch.Generator().manual_seed(0)
+    value, gradient = (torch.randn(5000, generator=rng) for _ in range(2))
+    for each, summed in (
+        (fakequant._lsq_gradients, fakequant._lsq_gradients_summed),
+        (fakequant._pact_gradients, fakequant._pact_gradients_summed),
+    ):
+        arguments = (value, gradient, torch.tensor(0.1), 0, 15, -0.5, 15.25)
+        passed, per_value = each(*arguments)
+        found, total = summed(*arguments)
+        assert torch.equal(found, passed)
+        assert torch.equal(total, per_value.sum())
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_card_compiled_quantisers_give_the_same_codes(
+    dtype: torch.dtype, cuda: Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, and the gradients of values too; those of ranges but for a sum's order."""
+    shape = (4, 64, 65, 67)
+    assert APART_SMALLEST < 4 * 64 * 65 * 67
+    for grid in GRIDS:
+        for pact in (False, True):
+            found = []
+            for switch in ("1", "0"):
+                monkeypatch.setenv(kernels.SWITCH, switch)
+                rng = torch.Generator(cuda.device).manual_seed(1)
+                value, gradient = (
+                    torch.randn(shape, device=cuda.device, generator=rng).to(dtype)
+                    for _ in range(2)
+                )
+                value = value.contiguous(memory_format=torch.channels_last).requires_grad_()
+                limit = torch.tensor(1.7, device=cuda.device, requires_grad=True)
+                rounded = fake_quantise_activation(value, limit, grid, pact=pact)
+                rounded.backward(gradient)
+                assert value.grad is not None
+                assert limit.grad is not None
+                found.append((rounded.detach(), value.grad, limit.grad))
+            (codes, passed, steps), (plain_codes, plain_passed, plain_steps) = found
+            assert torch.equal(codes, plain_codes), grid
+            assert torch.equal(passed, plain_passed), grid
+            torch.testing.assert_close(steps, plain_steps, rtol=1e-3, atol=1e-4)
+    assert Kernel.possible

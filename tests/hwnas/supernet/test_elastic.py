@@ -144,3 +144,36 @@ def test_a_range_gives_only_values_of_its_grid(
     # it rounds to the nearest value: nothing inside the range moves by more than half a step
     inside = (x.numpy() > grid.low * step) & (x.numpy() < grid.high * step)
     assert np.abs(found - x.numpy())[inside].max() <= step / 2 * (1 + 1e-4)
+
+
+# ---- layout, and what goes back
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize(("out", "width"), [(8, 6), (8, 4), (5, 6), (3, 2), (1, 1)])
+def test_a_slice_is_autograds_own_slice_in_the_weights_layout(
+    out: int, width: int, kernel: int, layout: torch.memory_format
+) -> None:
+    """Values and gradient to the last bit, and neither is laid out anew: a copy a layer a step."""
+    torch.manual_seed(0)
+    full = dense(8, kernel=kernel)
+    elastic = ElasticLayer(full, full.weight_shape(6)).to(memory_format=layout)  # type: ignore[call-overload]
+    shape = (out, width, kernel, kernel)
+    found = elastic.sliced_weight(shape)
+    assert found.shape == shape
+    assert found.is_contiguous(memory_format=layout)
+    gradient = torch.randn(shape).contiguous(memory_format=layout)
+    found.backward(gradient)
+    plain = elastic.weight.detach().clone().requires_grad_()
+    plain[:out, :width].backward(gradient)
+    assert torch.equal(found, plain[:out, :width])
+    assert elastic.weight.grad is not None
+    assert torch.equal(elastic.weight.grad, plain.grad)
+    assert elastic.weight.grad.stride() == elastic.weight.stride()
+
+
+def test_a_layer_in_full_width_takes_its_tensors_without_a_copy() -> None:
+    elastic = ElasticLayer(dense(8), (8, 6, 3, 3))
+    assert elastic.sliced_weight((8, 6, 3, 3)) is elastic.weight
+    assert elastic.sliced_weight((8, 5, 3, 3)) is not elastic.weight
