@@ -13,15 +13,28 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 
+from profilers.cuda import card
 from profilers.devices import open_profiler
+from quant.errors import MissingDependency
 
 RESULTS = Path(__file__).parent / "results"
+GPU_BENCHMARKS = ("gpu",)
+"""Run by name, on a machine with a GPU; elsewhere a check leaves their results out."""
 BENCHMARKS = ("int8_speed", "limits", "search_speed", "tables", "train_step", "fronts")
 CLAIMS = ("claims.spos",)
-VERSIONS = ("hwnas", "torch", "onnx", "onnxruntime", "brevitas", "numpy")
+VERSIONS = (
+    "hwnas",
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "brevitas",
+    "numpy",
+    "tensorrt",
+    "tensorrt_rtx",
+)
 
 
 def run(names: list[str]) -> int:
@@ -33,12 +46,16 @@ def run(names: list[str]) -> int:
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
         )
         start = time.monotonic()
-        measured = module.measure(reduced=False)
+        try:
+            measured = module.measure(reduced=False)
+        except MissingDependency as error:
+            print(f"{name}: {error}")
+            return error.exit_code
         pictures = measured.pop("pictures", {})
         result = {
             "command": f"python -m benchmarks run {name}",
             "commit": commit.stdout.strip(),
-            "versions": {package: version(package) for package in VERSIONS},
+            "versions": {package: version(package) for package in VERSIONS if installed(package)},
             "python": platform.python_version(),
             "host": {**asdict(open_profiler("cpu").host()), "hostname": ""},
             "seconds": round(time.monotonic() - start, 1),
@@ -58,8 +75,24 @@ def check() -> int:
     failed = 0
     for path in sorted(RESULTS.glob("*.json")):
         module = importlib.import_module(f"benchmarks.{path.stem}")
+        if path.stem in GPU_BENCHMARKS and not has_gpu():
+            print(f"{path.stem}: left out, there is no GPU here")
+            continue
         failed += told(path.stem, module.measure(reduced=True), module)
     return 1 if failed else 0
+
+
+def installed(package):
+    """Whether a package is here."""
+    return bool(list(distributions(name=package)))
+
+
+def has_gpu():
+    """Whether an NVIDIA GPU is here."""
+    try:
+        return bool(card())
+    except MissingDependency:
+        return False
 
 
 def told(name, measured, module):
