@@ -16,7 +16,6 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 from scipy import stats
 
 from benchmarks import train_step
