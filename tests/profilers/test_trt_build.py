@@ -186,7 +186,7 @@ CHAINS = dict.fromkeys(FLOATS, 34) | dict.fromkeys(INTEGERS, 30)
 
 @every_precision
 def test_every_structure_of_every_space_is_built_in_its_own_kernels(name: str) -> None:
-    """After its own precision and after codes, with a sign and without; both cards in one engine."""
+    """After its own precision and after codes, signed or not; both cards in one engine."""
     ops = {key: op for preset in SPACES for key, op in ops_of(preset, name).items()}
     chosen = structures(ops)
     assert len({structure(op)[2] for op in chosen if op.precision.name == name}) == CHAINS[name]
