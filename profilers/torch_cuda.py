@@ -8,6 +8,7 @@ integer convolution on a GPU, so it runs fp32, tf32, fp16 and bf16.
 import hashlib
 import io
 import json
+import logging
 import platform
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -158,13 +159,25 @@ def load_program(path: Path) -> tuple[nn.Module, list[OpSpec]]:
     """The module and the ops of what `save_program` wrote; raises InvalidInput for another file."""
     told = {OPS_METADATA: ""}
     try:
-        module: nn.Module = torch.export.load(path, extra_files=told).module()
+        with _unlogged("torch.export"):
+            module: nn.Module = torch.export.load(path, extra_files=told).module()
         return module, [OpSpec.from_json(text) for text in json.loads(told[OPS_METADATA])]
     except Exception as error:  # torch raises many kinds for a damaged file
         raise InvalidInput(
             f"{path} is not a whole program that hwnas exported ({type(error).__name__}).",
             next_step="export it again",
         ) from error
+
+
+@contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """Keep a logger silent: PyTorch logs a traceback before it raises what that says."""
+    log = logging.getLogger(name)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def inputs_of(ops: Sequence[OpSpec], batch: int) -> list[Tensor]:
