@@ -441,7 +441,7 @@ def torch_layer(
 def test_pytorch_captures_on_its_stream_or_says_why_not(torch_layer: Any) -> None:
     told = torch_layer.told
     if torch_layer.broken:
-        with pytest.raises(HwnasError, match="cannot be captured.*capture invalidated") as caught:
+        with pytest.raises(HwnasError, match=r"cannot be captured.*capture invalidated") as caught:
             torch_layer.captured(lambda: None)
         assert "\n" not in str(caught.value)
         assert told == ["on", "begin thread_local", "end", "off"]
