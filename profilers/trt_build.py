@@ -301,13 +301,20 @@ def loaded(plan: bytes) -> Any:
 
 
 def _diagnosed(runtime: Any, plan: bytes) -> str:
-    """Why TensorRT for RTX finds a plan not valid here; "" where it does not say."""
+    """Why TensorRT for RTX finds a plan not valid here; "" where it does not say.
+
+    Raises MissingDependency for a card that it never runs on, InvalidInput where memory is short.
+    """
     trt = package()
     if not hasattr(runtime, "get_engine_validity"):
         return ""
     _, bits = runtime.get_engine_validity(plan)
     causes = trt.EngineInvalidityDiagnostics.__members__.items()
     told = [name.lower().replace("_", " ") for name, bit in causes if int(bits) & int(bit)]
+    if "unsupported cc" in told and card().sm not in capabilities():
+        raise unsupported()
+    if "insufficient gpu memory" in told:
+        raise out_of_memory()
     return ", ".join(told)
 
 
