@@ -35,7 +35,9 @@ from quant.errors import MissingDependency
 from quant.precision import ONNXRUNTIME, TENSORRT, Runtime
 
 rtx = pytest.importorskip(
-    "tensorrt_rtx", reason="pip install 'hwnas[gpu-build]': TensorRT for RTX builds without a GPU"
+    "tensorrt_rtx",
+    reason="pip install 'hwnas[gpu-build]': TensorRT for RTX builds without a GPU",
+    exc_type=ImportError,
 )
 if package().__name__ != RTX:
     pytest.skip("the full TensorRT is used, which builds for its own card", allow_module_level=True)

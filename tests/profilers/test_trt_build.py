@@ -48,7 +48,9 @@ from quant.errors import HwnasError, InvalidInput, MissingDependency
 from quant.precision import TENSORRT, Format, Precision
 
 rtx = pytest.importorskip(
-    "tensorrt_rtx", reason="pip install 'hwnas[gpu-build]': TensorRT for RTX builds without a GPU"
+    "tensorrt_rtx",
+    reason="pip install 'hwnas[gpu-build]': TensorRT for RTX builds without a GPU",
+    exc_type=ImportError,
 )
 if package().__name__ != RTX:
     pytest.skip("the full TensorRT is used, which builds for its own card", allow_module_level=True)
