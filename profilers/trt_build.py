@@ -160,7 +160,7 @@ def named_targets(names: Sequence[str]) -> list[str]:
                 accepted=", ".join(known) or "this machine's own card",
                 next_step="name another --compute-capability, or none for this machine's card"
                 if known
-                else "pip install 'hwnas[gpu-build]', whose TensorRT for RTX builds for any card",
+                else "pip install 'hwnas[gpu-build]', whose package builds for other cards",
             )
     return list(dict.fromkeys(name.lower() for name in names))
 
@@ -259,7 +259,9 @@ def refusal(what: str) -> HwnasError:
             next_step="pip install 'hwnas[gpu-build]', or search other precisions",
         )
     if re.search(
-        r"driver version is insufficient|no CUDA-capable device|cudaError ?(35|100)", said
+        r"driver version is insufficient|no CUDA-capable device|"
+        r"(cudaError|CUDA initialization failure with error:) ?(35|100)\b",
+        said,
     ):
         return MissingDependency(
             f"{version()} finds no NVIDIA driver, or one that is too old for it.",

@@ -18,7 +18,7 @@ import torch
 
 import hwnas.engines
 import hwnas.run
-from hwnas.data import Images, as_input, digits
+from hwnas.data import Images, Splits, as_input, digits
 from hwnas.engines import attributed, engine_rows, export_engine
 from hwnas.job import Job
 from hwnas.retrain import load_weights
@@ -32,7 +32,7 @@ from profilers.modules import Network
 from profilers.ort_session import session_options
 from profilers.trt_build import RTX, Engine, Kernel, build, package, version
 from quant.errors import MissingDependency
-from quant.precision import ONNXRUNTIME, TENSORRT, Runtime
+from quant.precision import TENSORRT, Runtime
 
 rtx = pytest.importorskip(
     "tensorrt_rtx",
@@ -172,36 +172,60 @@ def test_the_certificate_names_what_it_certifies(
     assert "sm89, on no card" in content["latency"]
 
 
-def logits(network: Network, images: Images) -> np.ndarray[Any, np.dtype[Any]]:
+def network_on(runtime: Runtime, ops: list[OpSpec], folder: Path) -> Network:
+    """The network that was found, on a runtime's grid."""
+    network = Network(ops, runtime)
+    load_weights(network, result_in(folder) / "weights.pt")
+    return network.eval()
+
+
+def classes(network: Network, images: Images) -> torch.Tensor:
+    """The probability of each class (images, classes)."""
     with torch.no_grad():
-        found: np.ndarray[Any, np.dtype[Any]] = network(
-            torch.from_numpy(as_input(images.x))
-        ).numpy()
-    return found
+        return network(torch.from_numpy(as_input(images.x))).softmax(1)
 
 
-def test_the_accuracy_is_that_of_the_network_on_tensorrts_grid(
+def test_the_accuracy_is_that_of_the_shipped_graph(
     folder: Path, told: dict[str, Any], ops: list[OpSpec]
 ) -> None:
-    """Scored anew here, and by the shipped graph as it is written, where a tie may fall to the
+    """Counted here, and by ONNX Runtime in the graph as it is written, where a tie may fall to the
     other side."""
-
-    def scored(runtime: Runtime, images: Images) -> float:
-        network = Network(ops, runtime)
-        load_weights(network, result_in(folder) / "weights.pt")
-        return float((logits(network.eval(), images).argmax(1) == images.y).mean())
-
     data, accuracy = digits(), told["engine"]["accuracy"]
+    options = session_options(1)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    path = folder / told["engine"]["folder"] / "model.onnx"
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    network = network_on(TENSORRT, ops, folder)
     with data.final() as test:
-        assert accuracy["test"] == scored(TENSORRT, test)
-        options = session_options(1)
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        path = folder / told["engine"]["folder"] / "model.onnx"
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        answers = session.run(None, {"input": as_input(test.x)})[0].argmax(1)
-        assert (answers == test.y).mean() == pytest.approx(accuracy["test"], abs=0.01)
-    assert accuracy["search_val"] == scored(TENSORRT, data.search_val)
-    assert accuracy["search_val_before"] == scored(ONNXRUNTIME, data.search_val)
+        for images, stated in ((test, "test"), (data.search_val, "search_val")):
+            right = classes(network, images).argmax(1).numpy() == images.y
+            assert accuracy[stated] == right.mean()
+            answers = session.run(None, {"input": as_input(images.x)})[0].argmax(1)
+            assert (answers == images.y).mean() == pytest.approx(accuracy[stated], abs=0.01)
+
+
+def test_scores_are_taken_on_tensorrts_grid(
+    tmp_path: Path, searched_as: Copied, ops: list[OpSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told by a score that moves with every step of the grid: the mean probability of the right
+    class."""
+
+    def sure(network: Network, data: Splits | Images) -> float:
+        images = data.search_val if isinstance(data, Splits) else data
+        return float(classes(network, images)[range(len(images.y)), images.y].mean())
+
+    folder = searched_as(tmp_path, "run")
+    monkeypatch.setattr(hwnas.engines, "accuracy_on", sure)
+    monkeypatch.setattr("hwnas.export.requantise.accuracy", sure)
+    where = hwnas.run.read_run(folder / "run")
+    job = Job(hwnas.run.request_of(where, folder / "tables"))
+    found = export_engine(job, result_in(folder), ["sm89"])["accuracy"]
+    theirs, ours = (network_on(r, ops, folder) for r in (TENSORRT, job.profiler.runtime))
+    assert found["search_val"] == sure(theirs, job.splits)
+    assert found["search_val_before"] == sure(ours, job.splits)
+    assert found["search_val"] != found["search_val_before"]
+    with job.splits.final() as test:
+        assert found["test"] == sure(theirs, test)
 
 
 def test_an_engine_for_two_cards_is_another_in_another_folder(

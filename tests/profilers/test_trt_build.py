@@ -587,6 +587,7 @@ SAID = {
     "op000 cannot be quantized by input": (InvalidInput, "1.7 or later"),
     "(cudaError 35: CUDA driver version is insufficient)": (MissingDependency, "NVIDIA GPU"),
     "no CUDA-capable device is detected": (MissingDependency, "NVIDIA GPU"),
+    "(cudaError 350: of another kind)": (HwnasError, ""),
     "Myelin (Cannot compile for target(s) sm75, because of b16. In compileGraph (cudaError 35)": (
         InvalidInput,
         "sm80 or newer",
@@ -707,9 +708,9 @@ def test_a_full_package_without_a_driver_starts_no_builder(packages: Callable[..
     """There the constructor raises TypeError, and the log has the reason."""
 
     def builder(log: Any) -> None:
-        log.log(1, "CUDA initialization failure with error: 35")
+        log.log(1, "CUDA initialization failure with error: 35. Please check your installation")
         raise TypeError("pybind11::init(): factory function returned nullptr")
 
     packages(tensorrt=release("tensorrt", "11.4.0.106", Builder=builder))
-    with pytest.raises(HwnasError, match="starts no builder: CUDA initialization failure"):
+    with pytest.raises(MissingDependency, match=r"tensorrt 11\.4\.0\.106 finds no NVIDIA driver"):
         built(chain(BLOCKS["basic"], "fp16"), ())
