@@ -142,9 +142,9 @@ class Cuda(ABC):
             except RuntimeError as error:
                 if self._is_refusal(error):
                     raise
+                reason = str(error).partition("\n")[0]
                 raise HwnasError(
-                    f"Work on the {card().name} cannot be captured in a CUDA graph: "
-                    f"{str(error).splitlines()[0]}.",
+                    f"Work on the {card().name} cannot be captured in a CUDA graph: {reason}.",
                     next_step="search another space or other precisions for this device",
                 ) from error
 
