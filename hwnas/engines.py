@@ -93,7 +93,7 @@ def _built_for(
     model = emit(ops, found.network.parameters_for_graph(), TENSORRT)
     engine = build(model, batch=job.request.batch, targets=targets)
     if wrong := wrong_kernels(ops, engine.kernels):
-        raise HwnasError(f"{version()} does not run this network on integers: {wrong}.")
+        raise HwnasError(f"{version()} does not run this network as declared: {wrong}.")
     folder.mkdir(parents=True, exist_ok=True)
     files = {MODEL: model.SerializeToString(), f"model{PLAN}": engine.plan}
     for name, content in files.items():
@@ -103,6 +103,7 @@ def _built_for(
             **_engine(f"model{PLAN}", len(engine.plan), targets, job.request.batch),
             "kernels": len(engine.kernels),
             "integer_kernels": sum("Int8" in kernel.inputs for kernel in engine.kernels),
+            "fp8_kernels": sum("FP8" in kernel.inputs for kernel in engine.kernels),
         },
         "measured": None,
         "latency": f"not measured: built for {', '.join(targets)}, on no card",

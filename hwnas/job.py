@@ -45,7 +45,7 @@ from profilers.build import (
     table_lock,
 )
 from profilers.devices import open_profiler, protocol_of
-from profilers.graphs import emit, random_parameters
+from profilers.graphs import check_kernels, emit, random_parameters
 from profilers.measure import Measurement, summarise
 from profilers.sizes import BASE_BYTES, file_bytes
 from quant.errors import InvalidInput
@@ -476,6 +476,7 @@ def _probe_ms(job: Job) -> tuple[float, float]:
     """The latency of the space's smallest and largest network by MACs, timed once, in ms: what a
     user can be told before a table is there.
     """
+    check_kernels(job.space.lattice.ops, job.profiler.runtime)
     found = reachable(job.space, job.cost("macs"))
     times = []
     for architecture in (found.cheapest, found.dearest):
