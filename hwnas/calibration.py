@@ -17,7 +17,7 @@ from latency_tables.ops import OpSpec
 from latency_tables.percentiles import MEDIAN, PERCENTILES
 from latency_tables.table import LatencyTable
 from profilers.base import Profiler
-from profilers.build import Progress, measure_models, quiet
+from profilers.build import Progress, file_hash, journalled, measure_models, quiet
 from profilers.graphs import emit, random_parameters
 from profilers.measure import Samples, summarise
 from quant.errors import InvalidInput
@@ -54,14 +54,21 @@ def calibration_networks(space: SearchSpace, counts: CalibrationRecipe) -> list[
 
 
 def network_models(
-    chains: Sequence[Sequence[OpSpec]], profiler: Profiler, progress: Progress = quiet
+    chains: Sequence[Sequence[OpSpec]],
+    profiler: Profiler,
+    progress: Progress = quiet,
+    *,
+    known: Collection[str] = (),
 ) -> Iterator[onnx.ModelProto]:
-    """The graph of each network, with random weights, checked to run in its declared kernels."""
+    """The graph of each network, with random weights, checked to run in its declared kernels unless
+    its hash is `known`: a check may build an engine.
+    """
     for number, ops in enumerate(chains):
         rngs = [np.random.default_rng([number, place]) for place in range(len(ops))]
         numbers = [random_parameters(op, rng) for op, rng in zip(ops, rngs, strict=True)]
         model = emit(ops, numbers, profiler.runtime)
-        profiler.check(model)
+        if file_hash(model.SerializeToString()) not in known:
+            profiler.check(model)
         yield model
         progress("building whole networks", number + 1, len(chains))
 
@@ -111,7 +118,8 @@ def calibrated(
     """The latency model of a space; what was measured before an interruption is in the journal."""
     chosen = calibration_networks(space, recipe.calibration)
     chains = [space.lower(architecture) for architecture in chosen]
-    with model_files(network_models(chains, profiler, progress)) as paths:
+    known = journalled(profiler, recipe.protocol, journal)
+    with model_files(network_models(chains, profiler, progress, known=known)) as paths:
         blocks = measure_models(
             profiler, paths, recipe.protocol, progress, processes=recipe.processes, journal=journal
         )

@@ -305,11 +305,12 @@ def export(
                 return
             found = hwnas.run.export(job, where, result)
             rows = [
-                (str(c.path), f"{c.search_val:.2%} on SEARCH-VAL, answers as PyTorch on "
-                              f"{c.agreement.same_class:.2%} of the images")
-                for c in found
+                (str(file.path), f"{file.search_val:.2%} on SEARCH-VAL, answers as PyTorch on "
+                                 f"{file.agreement.same_class:.2%} of the images")
+                for candidate in found
+                for file in candidate.files.values()
             ]  # fmt: skip
-            screen.done({"files": [str(c.path) for c in found]}, rows)
+            screen.done({"files": [name for name, _ in rows]}, rows)
 
 
 @app.command()

@@ -12,9 +12,10 @@ import numpy as np
 from hwnas.export import certificate as certificates
 from hwnas.export.onnx_file import write_engine, write_onnx
 from hwnas.export.requantise import Requantised, rescored
+from hwnas.files import OWN, graph_name
 from hwnas.job import Job
 from hwnas.retrain import accuracy_on, load_weights
-from hwnas.ship import MODEL, is_shipped, shipped_file
+from hwnas.ship import STEM, is_shipped, shipped_file
 from latency_tables.files import read_object, write_atomically
 from profilers.build import measure_models
 from profilers.cuda import card
@@ -26,6 +27,8 @@ from profilers.trt import PLAN, TrtSession
 from profilers.trt_build import Kernel, build, version, wrong_kernels
 from quant.errors import HwnasError, InvalidInput
 from quant.precision import TENSORRT
+
+MODEL = graph_name(STEM, OWN)
 
 _OP = re.compile(r"op(\d+)\.")
 """How the names of an op's nodes begin."""

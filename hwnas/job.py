@@ -176,7 +176,8 @@ class Job:
     def under(self, name: str) -> "Job":
         """The same job under the condition that a latency's name stands for.
 
-        Raises InvalidInput where that device takes another file than this one's.
+        Where that device takes another file, the same network is requantised for it
+        (`hwnas.files`). Raises InvalidInput where it has no kernel for an op of the space.
         """
         asked = condition(name)
         assert asked is not None, f"{name} is a latency"
@@ -191,12 +192,8 @@ class Job:
             other.__dict__ |= known
             if same:
                 other.__dict__ |= {"profiler": self.profiler, "table": self.table}
-            elif other.profiler.runtime != self.profiler.runtime:
-                raise InvalidInput(
-                    f"A file for {self.request.device} does not run on {device}.",
-                    accepted="devices of one runtime",
-                    next_step=f"search for each of them: --device {device}",
-                )
+            else:
+                check_kernels(self.searched.lattice.ops, other.profiler.runtime)
             self._under[asked] = other
         return self._under[asked]
 

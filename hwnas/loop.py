@@ -230,10 +230,18 @@ def read_finalists(result: Path) -> list[Finalist]:
 
 def read_limits(job: Job, result: Path) -> list[Limit]:
     """The limits that a result was searched under."""
+    try:
+        return job.limits(read_asked(result))
+    except ValueError as error:
+        raise _damaged(result, error) from error
+
+
+def read_asked(result: Path) -> dict[str, float]:
+    """The same by the name of their cost, as they were asked for."""
     content = _search_outcome(result)
     try:
-        return job.limits(dict(content["limits"]))
-    except (KeyError, TypeError, ValueError) as error:
+        return {str(name): float(value) for name, value in content["limits"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _damaged(result, error) from error
 
 

@@ -15,9 +15,8 @@ from hwnas.store import RUN_TABLE
 from latency_tables.ops import OpSpec
 from latency_tables.percentiles import MEDIAN
 from latency_tables.table import LatencyTable
-from profilers.graphs import emit, random_parameters, read_ops
+from profilers.graphs import emit, random_parameters, read_ops, written_for
 from quant.errors import InvalidInput, TableError
-from quant.precision import ONNXRUNTIME
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,8 @@ def ops_of_onnx(path: Path) -> list[OpSpec]:
     try:
         ops = read_ops(model)
         rng = np.random.default_rng(0)
-        ours = _nodes(emit(ops, [random_parameters(op, rng) for op in ops], ONNXRUNTIME).graph)
+        numbers = [random_parameters(op, rng) for op in ops]
+        ours = _nodes(emit(ops, numbers, written_for(model)).graph)
     except Exception as error:  # whatever metadata that we did not write leads to
         first = f"{found[0][0]} {found[0][1]!r}" if found else "none, it is empty"
         raise InvalidInput(

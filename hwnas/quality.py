@@ -23,7 +23,7 @@ from hwnas.spaces.base import Architecture
 from latency_tables.model import LatencyModel, MeasuredNetwork, predict_us, quality, quality_of
 from latency_tables.ops import FUSED_ACTIVATIONS, Layer, OpSpec, total
 from latency_tables.table import LatencyTable
-from profilers.build import build_rows, forget, measure_models, table_lock
+from profilers.build import build_rows, forget, journalled, measure_models, table_lock
 from quant.errors import InvalidInput, TableError
 
 SEED = 2
@@ -133,7 +133,9 @@ def _measured_twice(
     job: Job, chains: Sequence[Sequence[OpSpec]], journal: Path
 ) -> tuple[list[MeasuredNetwork], list[MeasuredNetwork]]:
     processes = job.recipe.processes
-    with model_files(network_models(chains, job.profiler, job.progress)) as paths:
+    known = journalled(job.profiler, job.recipe.protocol, journal)
+    models = network_models(chains, job.profiler, job.progress, known=known)
+    with model_files(models) as paths:
         blocks = measure_models(
             job.profiler,
             paths,

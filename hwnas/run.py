@@ -6,6 +6,7 @@ is decided from the table, before any training.
 
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,11 +117,22 @@ def search_to_certificate(job: Job, run: Run, limits: Sequence[Limit]) -> dict[s
             job.profiler.runtime,
         ),
         **bitops(job.space, job.space.parse(content["architecture"])),
+        **_other_files(result, content),
         "certificate": str(file),
         "report": str(run.report),
     }
     page.write_report(run.report, summary, *_points(job, run, feasible))
     return summary
+
+
+def _other_files(result: Path, certificate: dict[str, Any]) -> dict[str, Any]:
+    """The files for other devices than the search's own, where limits asked for them."""
+    files = certificate.get("files", {})
+    told = {
+        device: {"model": str(result / facts["file"]), "accuracy": facts["accuracy"]}
+        for device, facts in files.items()
+    }
+    return {"files": told} if told else {}
 
 
 def told_measured(certificate: dict[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,18 @@ from hwnas.conditions import LATENCY, condition
 from hwnas.costs.feasible import reachable
 from hwnas.costs.limits import Limit
 from hwnas.export import certificate as certificates
-from hwnas.export.onnx_file import Agreement, accuracy, agreement, write_engine, write_onnx
+from hwnas.files import (
+    OWN,
+    DeviceFile,
+    accuracy_on_test,
+    file_facts,
+    graph_name,
+    jobs_of,
+    key_of,
+    write_file,
+)
 from hwnas.job import Job, join, measure
-from hwnas.loop import Finalist, limits_name, read_finalists, result_name, values_of
+from hwnas.loop import Finalist, limits_name, read_asked, read_finalists, result_name, values_of
 from hwnas.placement import HOST
 from hwnas.retrain import accuracy as torch_accuracy
 from hwnas.retrain import in_float, load_weights, retrain, save_weights, teacher_of
@@ -30,7 +39,7 @@ from latency_tables.ops import peak_activation_bytes, total
 from profilers.base import GRAPH
 from profilers.measure import Measurement
 from profilers.modules import Network
-from quant.errors import HwnasError, InvalidInput, Unstable
+from quant.errors import InvalidInput, Unstable
 
 
 def retrain_finalists(job: Job, run: Run, result: Path) -> list[Network]:
@@ -109,39 +118,40 @@ def weights_of(result: Path, number: int) -> Path:
     return result / f"finalist-{number}.pt"
 
 
-MODEL = "model.onnx"
-"""The graph of a result. Where the device runs an engine made of it, that has its suffix."""
+STEM = "model"
+"""How the names of a result's shipped files begin."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """The file of a finalist that the device runs, and what it does on SEARCH-VAL."""
+    """A finalist's files, by `files.key_of`."""
 
     number: int
-    path: Path
-    search_val: float
-    agreement: Agreement
+    files: Mapping[str, DeviceFile]
+
+    @property
+    def own(self) -> DeviceFile:
+        """The file for the device that was searched on."""
+        return self.files[OWN]
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """What each device runs."""
+        return {key: file.path for key, file in self.files.items()}
 
 
 def export(job: Job, run: Run, result: Path) -> list[Candidate]:
-    """Write every finalist's files and hold what the device runs against its PyTorch network."""
+    """Write every finalist's files and hold what each device runs against its PyTorch network."""
     candidates = []
+    jobs = jobs_of(job, read_asked(result))
     for number, network in enumerate(retrain_finalists(job, run, result)):
-        graph = result / f"finalist-{number}{GRAPH}"
         HOST.move(network)
-        write_onnx(network, job.profiler, graph)
-        path = write_engine(job.profiler, graph)
-        images = job.splits.search_val
-        with job.profiler.prepare(path) as session:
-            agreed = agreement(network, session, images.first(1000))
-            right = accuracy(session, images)
-        if agreed.same_class < job.recipe.least_agreement:
-            raise HwnasError(
-                f"{path} answers as its PyTorch network on {agreed.same_class:.1%} of the images "
-                f"only, so it is not shipped.",
-                next_step="train longer: an untrained network's answers hang on rounding",
-            )
-        candidates.append(Candidate(number, path, right, agreed))
+        stem = f"finalist-{number}"
+        files = {
+            key: write_file(there, network, result / graph_name(stem, key))
+            for key, there in jobs.items()
+        }
+        candidates.append(Candidate(number, files))
     return candidates
 
 
@@ -152,13 +162,13 @@ def verify(job: Job, run: Run, limits: Sequence[Limit]) -> dict[str, Any]:
     result = run.result(result_name(job, limits))
     candidates = export(job, run, result)
     asked = values_of(limits)
-    measured = _measured_under(job, asked, [candidate.path for candidate in candidates])
+    measured = _measured_under(job, asked, [candidate.paths for candidate in candidates])
     finalists = read_finalists(result)
     raised = _join(job, [finalists[candidate.number] for candidate in candidates], measured)
     under = [
         (candidate, m)
         for candidate, m in zip(candidates, measured, strict=True)
-        if all(_limits_hold(asked, m, candidate.path).values())
+        if all(_limits_hold(asked, m, candidate.own.path).values())
     ]
     if not under:
         least = min(m[LATENCY].median_us for m in measured) / 1000
@@ -171,19 +181,17 @@ def verify(job: Job, run: Run, limits: Sequence[Limit]) -> dict[str, Any]:
             if raised
             else "run the same command again, or profile again on a quiet machine",
         )
-    shipped, measurement = max(under, key=lambda item: item[0].search_val)
+    shipped, measurement = max(under, key=lambda item: item[0].own.search_val)
     finalist = finalists[shipped.number]
-    engine = shipped_file(job, result)
-    for source, target in (
-        (weights_of(result, shipped.number), result / "weights.pt"),
-        (shipped.path.with_suffix(GRAPH), result / MODEL),
-        (shipped.path, engine),
-    ):
+    copies = {weights_of(result, shipped.number): result / "weights.pt"}
+    for key, file in shipped.files.items():
+        graph = result / graph_name(STEM, key)
+        copies |= {file.graph: graph, file.path: graph.with_suffix(file.path.suffix)}
+    for source, target in copies.items():
         write_atomically(target, partial(shutil.copyfile, source))
     architecture = job.space.describe(Architecture(finalist.genes))
     write_text(result / "architecture.json", json.dumps(architecture, indent=2) + "\n")
-    with job.profiler.prepare(engine) as session, job.splits.final() as images:
-        test = accuracy(session, images)
+    test = accuracy_on_test(job, shipped_file(job, result))
     content = _certificate(job, run, limits, finalist, shipped, measurement, test)
     certificates.write_certificate(result / "certificate.json", content)
     run.point_to(result)
@@ -205,9 +213,9 @@ def remeasure(job: Job, result: Path) -> dict[str, Any]:
             f"The certificate was made on another host ({difference}).",
             next_step="profile and search on this one",
         )
-    measured = _measured_under(job, content["limits"], [file])[0]
-    with job.profiler.prepare(file) as session, job.splits.final() as images:
-        test = accuracy(session, images)
+    others = {key: result / told["file"] for key, told in content.get("files", {}).items()}
+    measured = _measured_under(job, content["limits"], [{OWN: file, **others}])[0]
+    test = accuracy_on_test(job, file)
     return {
         **content,
         **_told(measured),
@@ -231,26 +239,33 @@ def is_stable(certificate: Mapping[str, Any]) -> bool:
 
 
 def shipped_file(job: Job, result: Path) -> Path:
-    """The file of a result that the device runs."""
-    return (result / MODEL).with_suffix(job.profiler.suffix)
+    """The file of a result that the job's device runs."""
+    return (result / graph_name(STEM, OWN)).with_suffix(job.profiler.suffix)
 
 
 def is_shipped(result: Path, certificate: dict[str, Any]) -> bool:
     """Whether the files of a result are those that its certificate describes."""
-    files = {result / MODEL: certificate["hashes"]["model"]}
+    files = {graph_name(STEM, OWN): certificate["hashes"]["model"]}
     if engine := certificate.get("engine"):
-        files[result / engine["file"]] = certificate["hashes"]["engine"]
+        files[engine["file"]] = certificate["hashes"]["engine"]
+    for told in certificate.get("files", {}).values():
+        files |= {told["file"]: told["hashes"]["file"], told["graph"]: told["hashes"]["graph"]}
     return all(
-        file.is_file() and certificates.sha256(file) == known for file, known in files.items()
+        (result / name).is_file() and certificates.sha256(result / name) == known
+        for name, known in files.items()
     )
 
 
 def _measured_under(
-    job: Job, asked: Mapping[str, float], files: Sequence[Path]
+    job: Job, asked: Mapping[str, float], networks: Sequence[Mapping[str, Path]]
 ) -> list[dict[str, Measurement]]:
-    """What each file measures under every latency that is limited, and on the job's own device."""
+    """What the files of each network measure under every latency that is limited, and on the job's
+    own device.
+    """
     names = {LATENCY: None} | {name: None for name in asked if condition(name) is not None}
-    found = [measure(job.under(name), files) for name in names]
+    found = [
+        measure(job.under(name), [files[key_of(job, name)] for files in networks]) for name in names
+    ]
     return [dict(zip(names, each, strict=True)) for each in zip(*found, strict=True)]
 
 
@@ -288,7 +303,7 @@ def _told(measured: Mapping[str, Measurement]) -> dict[str, Any]:
 def _engine(job: Job, result: Path) -> dict[str, Any]:
     """What a certificate tells of the engine that was measured, where it is not the ONNX file."""
     file, host = shipped_file(job, result), job.profiler.host()
-    if file == result / MODEL:
+    if file.suffix == GRAPH:
         return {}
     told = {
         "file": file.name,
@@ -298,6 +313,15 @@ def _engine(job: Job, result: Path) -> dict[str, Any]:
         "onnx": "what the engine was made of; it was not measured",
     }
     return {"engine": told}
+
+
+def _others(jobs: Mapping[str, Job], shipped: Candidate, result: Path) -> dict[str, Any]:
+    """What a certificate tells of the files for devices that take another one, by device."""
+    found = {}
+    for key, there in jobs.items():
+        path = (result / graph_name(STEM, key)).with_suffix(there.profiler.suffix)
+        found[key] = file_facts(there, shipped.files[key], path)
+    return found
 
 
 def _measured(m: Measurement) -> dict[str, Any]:
@@ -322,14 +346,15 @@ def _certificate(
     test: float,
 ) -> dict[str, Any]:
     result = run.result(result_name(job, limits))
-    engine = shipped_file(job, result)
+    model, engine = result / graph_name(STEM, OWN), shipped_file(job, result)
+    others = {key: x for key, x in jobs_of(job, values_of(limits)).items() if key != OWN}
     architecture = Architecture(finalist.genes)
     ops = job.space.lower(architecture)
     return {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "limits": values_of(limits),
         "upper": finalist.upper,
-        "holds": _limits_hold(values_of(limits), measurement, shipped.path),
+        "holds": _limits_hold(values_of(limits), measurement, shipped.own.path),
         "predicted": {
             "latency_ms": finalist.latency_ms,
             "upper_latency_ms": finalist.upper_latency_ms,
@@ -339,24 +364,25 @@ def _certificate(
         "protocol": job.recipe.protocol.to_dict(),
         "trained_on": run.trained_on(),
         "accuracy": {
-            "search_val": shipped.search_val,
+            "search_val": shipped.own.search_val,
             "search_val_shared_weights": finalist.search_val,
             "test": test,
         },
-        "agreement": asdict(shipped.agreement),
+        "agreement": asdict(shipped.own.agreement),
         "architecture": job.space.describe(architecture),
         "counts": {
             "params": total("params", ops),
             "macs": total("macs", ops),
             **bitops(job.space, architecture),
             "peak_activation_bytes": peak_activation_bytes(ops),
-            "size_bytes": (result / MODEL).stat().st_size,
+            "size_bytes": model.stat().st_size,
         },
         **_engine(job, result),
+        **({"files": _others(others, shipped, result)} if others else {}),
         "input": "float32 (batch, channels, height, width), image bytes / 255",
         "hashes": {
-            "model": certificates.sha256(result / MODEL),
-            **({"engine": certificates.sha256(engine)} if engine != result / MODEL else {}),
+            "model": certificates.sha256(model),
+            **({"engine": certificates.sha256(engine)} if engine != model else {}),
             "table": certificates.sha256(run.table),
             "code": certificates.code_version(),
         },

@@ -5,6 +5,7 @@ hits all rows alike. Whole networks are measured in fresh processes. Each block 
 at once; after an interruption, however hard, the same call goes on where it stopped.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -236,25 +237,38 @@ def measure_models(
     `summarise` turns into its latency.
 
     With a `journal`, each block is kept there at once under its model file's hash, and the same
-    call measures later only what is missing; `forget` the journal once the result is kept. Raises
-    TableError where the journal is of another host or protocol, HwnasError where a process fails.
+    call measures later only what is missing; `forget` the journal once the result is kept. What the
+    device runs is compiled of those that are missing alone. Raises TableError where the journal is
+    of another host or protocol, HwnasError where a process fails.
     """
     kept = _Journal(journal, "networks", profiler.host(), protocol)
-    files = dict(zip(_keys(models), map(profiler.compiled, models), strict=True))
+    files = dict(zip(_keys(models), models, strict=True))
+    compiled = functools.cache(profiler.compiled)
     turns = processes or protocol.rounds
     label, total = "timing whole networks in fresh processes", turns * len(files)
     if done := sum(min(kept.count(key), turns) for key in files):
         progress(label, done, total)
     for turn in range(turns):
-        missing = {key: files[key] for key in shuffled(files, turn) if kept.count(key) <= turn}
+        missing = [key for key in shuffled(files, turn) if kept.count(key) <= turn]
         if not missing:
             continue
-        with _fresh_process(profiler, list(missing.values()), protocol) as blocks:
+        ready = [compiled(files[key]) for key in missing]
+        with _fresh_process(profiler, ready, protocol) as blocks:
             for key, samples in zip(missing, blocks, strict=True):
                 kept.add(key, samples)
                 done += 1
                 progress(label, done, total)
     return [kept.blocks[key][:turns] for key in files]
+
+
+def journalled(profiler: Profiler, protocol: Protocol, journal: Path) -> frozenset[str]:
+    """The hashes of the model files of which a journal of `measure_models` holds a block."""
+    return frozenset(_Journal(journal, "networks", profiler.host(), protocol).blocks)
+
+
+def file_hash(content: bytes) -> str:
+    """What names a model file in a journal."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def forget(journal: Path) -> None:
@@ -269,7 +283,7 @@ def _keys(models: Sequence[Path]) -> list[str]:
     seen: Counter[str] = Counter()
     for path in models:
         try:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest = file_hash(path.read_bytes())
         except OSError as error:
             raise InvalidInput(f"{path} cannot be read: {error.strerror}.") from error
         keys.append(f"{digest} {seen[digest]}" if seen[digest] else digest)

@@ -3,30 +3,38 @@
 What card there is, its driver says (through ctypes), so that it can be told without any package.
 Memory, stream and events are PyTorch's where it was built with CUDA, else PyCUDA's in the card's
 primary context. PyCUDA has no graphs: there the driver captures them.
+
+A graph is captured as trtexec does: after launches outside it, in the mode that refuses what this
+thread may not do meanwhile and lets others be (a runtime may compile in threads of its own).
 """
 
+import atexit
 import ctypes
 import functools
 import importlib
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from profilers.base import Array
-from profilers.measure import Protocol, Samples, time_replays
-from quant.errors import InvalidInput, MissingDependency
+from profilers.measure import Protocol, Samples, time_replays, uncollected
+from quant.errors import HwnasError, InvalidInput, MissingDependency
 
 DRIVER_LIBRARIES = ("libcuda.so.1", "nvcuda.dll")
 _MANAGEMENT_LIBRARIES = ("libnvidia-ml.so.1", "nvml.dll")
 
-_NO_DEVICE = 100
-"""CUDA_ERROR_NO_DEVICE."""
+_NO_MEMORY, _NO_DEVICE = 2, 100
+"""CUDA_ERROR_OUT_OF_MEMORY, CUDA_ERROR_NO_DEVICE."""
+_THREAD_LOCAL = 1
+"""CU_STREAM_CAPTURE_MODE_THREAD_LOCAL."""
 _CAPABILITY = (75, 76)
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
 
@@ -37,7 +45,12 @@ WITHOUT = "use --device cpu, or name a compute capability: hwnas export --format
 Launch = Callable[[], None]
 """Puts work on the stream, and returns at once."""
 
-SHORT_US, TARGET_US, COPIES = 20.0, 1000.0, (20, 100)
+Bytes = npt.NDArray[np.uint8]
+
+WARM_UPS = 3
+"""So many launches come before a capture: libraries load kernels and choose between them there."""
+
+SHORT_US, TARGET_US, COPIES = 50.0, 1000.0, (20, 100)
 """What is shorter than the first is timed in a graph of so many copies that they take about the
 second, but no fewer and no more than the third says."""
 
@@ -82,6 +95,10 @@ class Cuda(ABC):
     stream: int
     """The handle of the stream."""
 
+    _stream: Any
+    _before: Any
+    _after: Any
+
     def buffer(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
         """New memory; raises InvalidInput where the card has no more."""
         size = max(1, int(np.prod(shape)) * dtype.itemsize)
@@ -94,34 +111,74 @@ class Cuda(ABC):
         """Turn the card's refusal of more memory into one sentence."""
         try:
             yield
-        except self._refusals() as error:
-            raise out_of_memory() from error
+        except Exception as error:
+            if self._is_refusal(error):
+                raise out_of_memory() from error
+            raise
 
-    @abstractmethod
     def put(self, buffer: Buffer, values: Array) -> None:
-        """Copy values to the card, behind what the stream does."""
+        """Copy values, of the buffer's shape and type, to the card, behind what the stream does."""
+        self._put(buffer, np.ascontiguousarray(values).reshape(-1).view(np.uint8))
 
-    @abstractmethod
     def get(self, buffer: Buffer) -> Array:
         """Copy values from the card, once the stream is done."""
+        self.wait()
+        return self._get(buffer).view(buffer.dtype).reshape(buffer.shape)
 
-    @abstractmethod
     def wait(self) -> None:
         """Wait until the stream is done."""
+        self._stream.synchronize()
 
-    @abstractmethod
     def captured(self, launch: Launch) -> Launch:
-        """A graph of what `launch` puts on the stream, as something to launch."""
+        """A graph of what `launch` puts on the stream, as something to launch; it has run before.
 
-    @abstractmethod
+        Raises HwnasError where its work cannot be captured, and what `launch` raises; the stream is
+        as usable as before.
+        """
+        self.wait()
+        with self.enough(), uncollected():
+            try:
+                return self._captured(launch)
+            except RuntimeError as error:
+                if self._is_refusal(error):
+                    raise
+                raise HwnasError(
+                    f"Work on the {card().name} cannot be captured in a CUDA graph: "
+                    f"{str(error).splitlines()[0]}.",
+                    next_step="search another space or other precisions for this device",
+                ) from error
+
     def elapsed_us(self, launch: Launch) -> float:
-        """What a launch takes between an event before and one after it, in us; it is over then."""
+        """What a launch takes between an event before and one after it, in us; it is over then.
+
+        A first launch, not timed, keeps the card at work while this process puts the rest on the
+        stream: how long that takes is no part of the time.
+        """
+        launch()
+        self._before.record(self._stream)
+        launch()
+        self._after.record(self._stream)
+        self._after.synchronize()
+        return 1000 * self._between_ms()
 
     @abstractmethod
     def _allocate(self, size: int) -> tuple[object, int]: ...
 
     @abstractmethod
-    def _refusals(self) -> tuple[type[BaseException], ...]: ...
+    def _put(self, buffer: Buffer, content: Bytes) -> None: ...
+
+    @abstractmethod
+    def _get(self, buffer: Buffer) -> Bytes: ...
+
+    @abstractmethod
+    def _captured(self, launch: Launch) -> Launch: ...
+
+    @abstractmethod
+    def _between_ms(self) -> float: ...
+
+    @abstractmethod
+    def _is_refusal(self, error: Exception) -> bool:
+        """Whether an error says that the card has no more memory."""
 
 
 class TorchCuda(Cuda):
@@ -138,23 +195,32 @@ class TorchCuda(Cuda):
         """Run PyTorch's own work on the stream, for as long as the block lasts."""
         return torch.cuda.stream(self._stream)
 
-    def put(self, buffer: Buffer, values: Array) -> None:
-        flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    def _allocate(self, size: int) -> tuple[object, int]:
+        with self.current():  # so that whoever gets the memory next works behind this stream
+            held = torch.empty(size, dtype=torch.uint8, device="cuda")
+        return held, held.data_ptr()
+
+    def _put(self, buffer: Buffer, content: Bytes) -> None:
         with self.current():
-            self._tensor(buffer).copy_(torch.from_numpy(flat))
+            _tensor(buffer).copy_(torch.from_numpy(content))
 
-    def get(self, buffer: Buffer) -> Array:
-        self.wait()
-        values: Array = self._tensor(buffer).cpu().numpy().view(buffer.dtype)
-        return values.reshape(buffer.shape)
+    def _get(self, buffer: Buffer) -> Bytes:
+        with self.current():
+            content: Bytes = _tensor(buffer).cpu().numpy()
+        return content
 
-    def wait(self) -> None:
-        self._stream.synchronize()
-
-    def captured(self, launch: Launch) -> Launch:
+    def _captured(self, launch: Launch) -> Launch:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
-            launch()
+        torch.cuda.empty_cache()  # a graph has memory of its own
+        with self.current():
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                launch()
+            except BaseException:
+                with suppress(RuntimeError):  # which would only say that the capture failed
+                    graph.capture_end()
+                raise
+            graph.capture_end()
 
         def replay() -> None:
             with self.current():
@@ -162,23 +228,17 @@ class TorchCuda(Cuda):
 
         return replay
 
-    def elapsed_us(self, launch: Launch) -> float:
-        self._before.record(self._stream)
-        launch()
-        self._after.record(self._stream)
-        self._after.synchronize()
-        return 1000 * float(self._before.elapsed_time(self._after))
+    def _between_ms(self) -> float:
+        return float(self._before.elapsed_time(self._after))
 
-    def _tensor(self, buffer: Buffer) -> torch.Tensor:
-        assert isinstance(buffer.held, torch.Tensor)
-        return buffer.held
+    def _is_refusal(self, error: Exception) -> bool:
+        told = ("out of memory", "ALLOC_FAILED")  # of CUDA, of cuDNN and cuBLAS
+        return isinstance(error, RuntimeError) and any(part in str(error) for part in told)
 
-    def _allocate(self, size: int) -> tuple[object, int]:
-        held = torch.empty(size, dtype=torch.uint8, device="cuda")
-        return held, held.data_ptr()
 
-    def _refusals(self) -> tuple[type[BaseException], ...]:
-        return (torch.cuda.OutOfMemoryError,)
+def _tensor(buffer: Buffer) -> torch.Tensor:
+    assert isinstance(buffer.held, torch.Tensor)
+    return buffer.held
 
 
 class PyCuda(Cuda):
@@ -192,49 +252,60 @@ class PyCuda(Cuda):
         self._stream = self._driver.Stream()
         self.stream = int(self._stream.handle)
         self._before, self._after = self._driver.Event(), self._driver.Event()
+        atexit.register(self._leave)
 
-    def put(self, buffer: Buffer, values: Array) -> None:
-        self._driver.memcpy_htod_async(
-            buffer.address, np.ascontiguousarray(values), stream=self._stream
-        )
-        self.wait()
-
-    def get(self, buffer: Buffer) -> Array:
-        self.wait()
-        values = np.empty(buffer.shape, buffer.dtype)
-        self._driver.memcpy_dtoh(values, buffer.address)
-        return values
-
-    def wait(self) -> None:
-        self._stream.synchronize()
-
-    def captured(self, launch: Launch) -> Launch:
-        stream, graph, ready = ctypes.c_void_p(self.stream), ctypes.c_void_p(), ctypes.c_void_p()
-        self._call("cuStreamBeginCapture_v2", stream, ctypes.c_int(2))  # relaxed
-        try:
-            launch()
-        finally:
-            self._call("cuStreamEndCapture", stream, ctypes.byref(graph))
-        self._call("cuGraphInstantiateWithFlags", ctypes.byref(ready), graph, ctypes.c_ulonglong(0))
-        return lambda: self._call("cuGraphLaunch", ready, stream)
-
-    def elapsed_us(self, launch: Launch) -> float:
-        self._before.record(self._stream)
-        launch()
-        self._after.record(self._stream)
-        self._after.synchronize()
-        return 1000 * float(self._before.time_till(self._after))
-
-    def _call(self, function: str, *arguments: Any) -> None:
-        if code := getattr(self._library, function)(*arguments):
-            raise RuntimeError(f"{function} failed with CUDA error {code}")
+    def _leave(self) -> None:
+        """Give back what is the context's, which PyCUDA leaves after this."""
+        self._stream = self._before = self._after = None
 
     def _allocate(self, size: int) -> tuple[object, int]:
         held = self._driver.mem_alloc(size)
         return held, int(held)
 
-    def _refusals(self) -> tuple[type[BaseException], ...]:
-        return (self._driver.MemoryError,)
+    def _put(self, buffer: Buffer, content: Bytes) -> None:
+        self.wait()
+        self._driver.memcpy_htod(buffer.address, content)
+
+    def _get(self, buffer: Buffer) -> Bytes:
+        content = np.empty(int(np.prod(buffer.shape)) * buffer.dtype.itemsize, np.uint8)
+        self._driver.memcpy_dtoh(content, buffer.address)
+        return content
+
+    def _captured(self, launch: Launch) -> Launch:
+        stream, graph, ready = ctypes.c_void_p(self.stream), ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuStreamBeginCapture_v2", stream, ctypes.c_int(_THREAD_LOCAL))
+        try:
+            launch()
+        except BaseException:
+            self._library.cuStreamEndCapture(stream, ctypes.byref(graph))
+            if graph:
+                self._library.cuGraphDestroy(graph)
+            raise
+        self._call("cuStreamEndCapture", stream, ctypes.byref(graph))
+        try:
+            flags = ctypes.c_ulonglong(0)
+            self._call("cuGraphInstantiateWithFlags", ctypes.byref(ready), graph, flags)
+        finally:
+            self._library.cuGraphDestroy(graph)
+
+        def replay() -> None:
+            self._call("cuGraphLaunch", ready, stream)
+
+        weakref.finalize(replay, self._library.cuGraphExecDestroy, ready).atexit = False
+        return replay
+
+    def _between_ms(self) -> float:
+        return float(self._before.time_till(self._after))
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        code = getattr(self._library, function)(*arguments)
+        if code == _NO_MEMORY:
+            raise out_of_memory()
+        if code:
+            raise RuntimeError(f"{function} gives {code}")
+
+    def _is_refusal(self, error: Exception) -> bool:
+        return isinstance(error, self._driver.MemoryError)
 
 
 class GraphTimer:
@@ -243,8 +314,8 @@ class GraphTimer:
     """
 
     def __init__(self, cuda: Cuda, launch: Launch) -> None:
-        launch()
-        cuda.wait()
+        for _ in range(WARM_UPS):
+            launch()
         self._cuda, self.copies = cuda, 1
         self._replay = cuda.captured(launch)
         once_us = min(cuda.elapsed_us(self._replay) for _ in range(10))
@@ -293,10 +364,10 @@ def open_cuda() -> Cuda:
         return TorchCuda()
     try:
         return PyCuda(importlib.import_module("pycuda"), driver)
-    except ImportError as error:
+    except Exception as error:  # PyCUDA's own have no name where it cannot be imported
         raise MissingDependency(
             f"Nothing here reaches the memory of the {gpu.name}: PyTorch {torch.__version__} is "
-            "built without CUDA, or for another driver, and PyCUDA cannot be imported "
+            "built without CUDA, or for another driver, and PyCUDA does not start "
             f"({error}).",
             accepted="a CUDA build of PyTorch, or PyCUDA",
             next_step="make setup DEVICE=gpu",

@@ -102,7 +102,8 @@ def _nodes(nodes: Sequence[onnx.NodeProto], shapes: Mapping[str, list[int]]) -> 
         if node.op_type == "Reshape":
             attributes["shape"] = shapes[node.input[1]]
         inputs = tuple(name for name in node.input if name not in shapes)
-        last = tuple(name for name in dict.fromkeys(inputs) if readers[name] == place)
+        read = dict.fromkeys(name for name in inputs if name != OUTPUT)
+        last = tuple(name for name in read if readers[name] == place)
         found.append(_Node(_FORMS[node.op_type], attributes, inputs, node.output[0], last))
     return found
 

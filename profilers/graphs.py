@@ -200,6 +200,12 @@ def read_ops(model: onnx.ModelProto) -> list[OpSpec]:
     )
 
 
+def written_for(model: onnx.ModelProto) -> Runtime:
+    """The runtime in whose flavour a model of ours is written: each has an opset of its own."""
+    versions = {item.version for item in model.opset_import}
+    return TENSORRT if _TensorRTWriter.opset in versions else ONNXRUNTIME
+
+
 def expected_operators(ops: Sequence[OpSpec]) -> Counter[str]:
     """How many operators of each watched kind the optimised graph must hold.
 

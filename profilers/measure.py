@@ -14,7 +14,8 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -86,15 +87,8 @@ def time_block(call: Callable[[], object], protocol: Protocol) -> Samples:
     The pace is taken every `pace_ms`, and after longer calls after each; a call's is the quicker of
     the one before and the one after, since an interruption can only slow it.
     """
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        calls, start = 0, time.perf_counter_ns()
-        while calls < 2 or (time.perf_counter_ns() - start) < protocol.warmup_ms * 1e6:
-            call()
-            calls += 1
-        each_ns = (time.perf_counter_ns() - start) / calls
-        runs = int(np.clip(protocol.block_ms * 1e6 / each_ns, protocol.min_runs, protocol.max_runs))
+    with uncollected():
+        runs = _warmed_up(call, protocol)
         times, before = np.empty(runs), np.empty(runs, np.int64)
         _pace_ns()
         paces = [_pace_ns()]
@@ -107,9 +101,6 @@ def time_block(call: Callable[[], object], protocol: Protocol) -> Samples:
             if end > due or index == runs - 1:
                 paces.append(_pace_ns())
                 due = time.perf_counter_ns() + protocol.pace_ms * 1e6
-    finally:
-        if collecting:
-            gc.enable()
     pace = np.array(paces, float)
     return np.column_stack([times, np.minimum(pace[before], pace[before + 1])]) / 1000
 
@@ -118,13 +109,31 @@ def time_replays(replay_us: Callable[[], float], protocol: Protocol) -> Samples:
     """One block of a device that tells times itself, (runs, 2): what `replay_us` answers, in
     microseconds, and a pace of 1, since such a device has none of ours.
     """
-    start = time.perf_counter_ns()
-    first_us = replay_us()
-    while (time.perf_counter_ns() - start) < protocol.warmup_ms * 1e6:
-        first_us = replay_us()
-    wanted = protocol.block_ms * 1e3 / max(first_us, 1e-3)
-    runs = int(np.clip(wanted, protocol.min_runs, protocol.max_runs))
-    return np.column_stack([[replay_us() for _ in range(runs)], np.ones(runs)])
+    with uncollected():
+        runs = _warmed_up(replay_us, protocol)
+        return np.column_stack([[replay_us() for _ in range(runs)], np.ones(runs)])
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage is collected while the block lasts."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _warmed_up(call: Callable[[], object], protocol: Protocol) -> int:
+    """Call for the warm-up, twice at least; how many calls then make a block."""
+    calls, start = 0, time.perf_counter_ns()
+    while calls < 2 or (time.perf_counter_ns() - start) < protocol.warmup_ms * 1e6:
+        call()
+        calls += 1
+    each_ns = (time.perf_counter_ns() - start) / calls
+    return int(np.clip(protocol.block_ms * 1e6 / each_ns, protocol.min_runs, protocol.max_runs))
 
 
 def _pace_ns() -> float:

@@ -8,16 +8,18 @@ integer convolution on a GPU, so it runs fp32, tf32, fp16 and bf16.
 import hashlib
 import io
 import json
+import logging
 import platform
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 from latency_tables.files import write_atomically
 from latency_tables.host import Host
@@ -35,52 +37,78 @@ PROGRAM = ".pt2"
 
 
 class TorchSession(Session):
-    """A module on a device for a fixed batch; `tf32` says what fp32 convolutions run as."""
+    """A module on a device for a fixed batch; `tf32` says what fp32 convolutions run as.
+
+    On a card all its work is on one stream, that of the process's CUDA.
+    """
 
     def __init__(
         self, module: nn.Module, inputs: Sequence[Tensor], place: torch.device, *, tf32: bool
     ) -> None:
         super().__init__()
-        self._module = module.to(place)
+        self._cuda = _torch_cuda() if place.type == "cuda" else None
         self._place, self._tf32 = place, tf32
         self._types = [each.dtype for each in inputs]
-        self._inputs = [_placed(each, place) for each in inputs]
+        with self._working():
+            self._module = module.to(place)
+            self._inputs = [_placed(each, place) for each in inputs]
         self._timer: GraphTimer | None = None
 
     def _run(self, *inputs: Array) -> Array:
-        given = [
-            _placed(torch.from_numpy(np.ascontiguousarray(values)).to(kind), self._place)
-            for values, kind in zip(inputs, self._types, strict=True)
-        ]
-        with _arithmetic(tf32=self._tf32):
+        with self._working():
+            given = [
+                _placed(torch.from_numpy(np.ascontiguousarray(values)).to(kind), self._place)
+                for values, kind in zip(inputs, self._types, strict=True)
+            ]
             output: Array = self._module(*given).float().cpu().numpy()
         return output
 
     def _block(self, protocol: Protocol) -> Samples:
-        with _arithmetic(tf32=self._tf32):
-            if self._place.type != "cuda":
+        with self._working(choosing=True):
+            if self._cuda is None:
                 return time_block(self._call, protocol)
-            if self._timer is None:
-                cuda = open_cuda()
-                with cuda.enough():
-                    self._timer = GraphTimer(cuda, self._launch)
+            self._timer = self._timer or GraphTimer(self._cuda, self._launch)
             return self._timer.block(protocol)
 
     def close(self) -> None:
+        """Release the graph, the module that it runs, and their memory, in this order."""
         super().close()
+        if self._cuda is not None:
+            self._cuda.wait()
         self._timer = None
-        self._inputs = []
+        self._module, self._inputs = nn.Identity(), []
 
     def _call(self) -> Tensor:
         output: Tensor = self._module(*self._inputs)
         return output
 
     def _launch(self) -> None:
-        """A call on the stream of the process's CUDA, whose graphs keep its output's memory."""
-        cuda = open_cuda()
-        assert isinstance(cuda, TorchCuda)
-        with cuda.current():
-            self._call()
+        """A call; in a graph, that keeps its output's memory."""
+        self._call()
+
+    @contextmanager
+    def _working(self, *, choosing: bool = False) -> Iterator[None]:
+        """Work as it is declared, on the card's stream; `choosing`, with the quickest of cuDNN's
+        convolutions, which are tried where their shapes are new.
+        """
+        with ExitStack() as entered:
+            entered.enter_context(_arithmetic(tf32=self._tf32, choosing=choosing))
+            if self._cuda is not None:
+                entered.enter_context(self._cuda.enough())
+                entered.enter_context(self._cuda.current())
+            yield
+
+
+def _torch_cuda() -> TorchCuda:
+    """PyTorch's CUDA; raises MissingDependency where PyTorch does not reach the card."""
+    cuda = open_cuda()
+    if not isinstance(cuda, TorchCuda):
+        raise MissingDependency(
+            f"PyTorch {torch.__version__} cannot use the {card().name}.",
+            accepted="a build of PyTorch for CUDA, as new as the driver takes",
+            next_step="make setup DEVICE=gpu",
+        )
+    return cuda
 
 
 class TorchProfiler(Profiler):
@@ -95,12 +123,7 @@ class TorchProfiler(Profiler):
     def __init__(self, *, threads: int = 1, batch: int = 1, portable: bool = False) -> None:
         super().__init__(threads=threads, batch=batch, portable=portable)
         self._programs = tempfile.TemporaryDirectory(prefix="hwnas-programs-")
-        if self.place.type == "cuda" and not isinstance(open_cuda(), TorchCuda):
-            raise MissingDependency(
-                f"PyTorch {torch.__version__} cannot use the {card().name}.",
-                accepted="a build of PyTorch for CUDA, as new as the driver takes",
-                next_step="make setup DEVICE=gpu",
-            )
+        self._cuda = _torch_cuda() if self.place.type == "cuda" else None
 
     def host(self) -> Host:
         gpu = card()
@@ -126,7 +149,8 @@ class TorchProfiler(Profiler):
 
     def prepare(self, model: onnx.ModelProto | Path) -> TorchSession:
         if isinstance(model, Path):
-            module, ops = load_program(self.compiled(model))
+            with self._cuda.enough() if self._cuda else nullcontext():
+                module, ops = load_program(self.compiled(model), self.place)
         else:
             module, ops = GraphModule(model), read_ops(model)
         inputs = inputs_of(ops, self.batch)
@@ -154,17 +178,36 @@ def save_program(model: onnx.ModelProto, path: Path, *, batch: int) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(held.getbuffer()))
 
 
-def load_program(path: Path) -> tuple[nn.Module, list[OpSpec]]:
-    """The module and the ops of what `save_program` wrote; raises InvalidInput for another file."""
+def load_program(path: Path, place: torch.device) -> tuple[nn.Module, list[OpSpec]]:
+    """The module on a device, and the ops, of what `save_program` wrote; raises InvalidInput for
+    another file.
+
+    A program asserts the device that it was exported on wherever a type changes, so it is moved as
+    a program, not as a module.
+    """
     told = {OPS_METADATA: ""}
     try:
-        module: nn.Module = torch.export.load(path, extra_files=told).module()
-        return module, [OpSpec.from_json(text) for text in json.loads(told[OPS_METADATA])]
+        with _unlogged("torch.export"):
+            program = torch.export.load(path, extra_files=told)
+        ops = [OpSpec.from_json(text) for text in json.loads(told[OPS_METADATA])]
     except Exception as error:  # torch raises many kinds for a damaged file
         raise InvalidInput(
             f"{path} is not a whole program that hwnas exported ({type(error).__name__}).",
             next_step="export it again",
         ) from error
+    module: nn.Module = move_to_device_pass(program, place).module()
+    return module, ops
+
+
+@contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """Keep a logger silent: PyTorch logs a traceback before it raises what that says."""
+    log = logging.getLogger(name)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def inputs_of(ops: Sequence[OpSpec], batch: int) -> list[Tensor]:
@@ -192,12 +235,12 @@ def _placed(values: Tensor, place: torch.device) -> Tensor:
 
 
 @contextmanager
-def _arithmetic(*, tf32: bool) -> Iterator[None]:
-    """No gradients, and fp32 as it is declared."""
+def _arithmetic(*, tf32: bool, choosing: bool) -> Iterator[None]:
+    """No gradients, fp32 as it is declared, cuDNN's convolutions tried or taken as they come."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
     cudnn.allow_tf32 = matmul.allow_tf32 = tf32
-    cudnn.benchmark = True  # as engines do, its convolutions are timed once and the best is kept
+    cudnn.benchmark = choosing
     try:
         with torch.no_grad():
             yield

@@ -74,11 +74,14 @@ class TrtSession(Session):
             if self._engine.get_tensor_mode(name) != trt.TensorIOMode.INPUT:
                 continue
             shape = (batch, *tuple(self._engine.get_tensor_shape(name))[1:])
-            self._context.set_input_shape(name, shape)
+            if not self._context.set_input_shape(name, shape):
+                raise refusal(f"takes no batches of {batch} in this engine")
             self._inputs.append(self._bound(name, shape))
             cuda.put(self._inputs[-1], random_values(rng, shape, self._inputs[-1].dtype))
         (output,) = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
-        self._output = self._bound(output, tuple(self._context.get_tensor_shape(output)))
+        self._output: Buffer | None = self._bound(
+            output, tuple(self._context.get_tensor_shape(output))
+        )
         self._timer: GraphTimer | None = None
 
     def kernel_us(self, runs: int = 20) -> dict[str, float]:
@@ -114,6 +117,7 @@ class TrtSession(Session):
         return inspected(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
     def _run(self, *inputs: Array) -> Array:
+        assert self._output is not None
         count = len(inputs[0])
         outputs = []
         for start in range(0, count, self._batch):
@@ -125,12 +129,17 @@ class TrtSession(Session):
         return whole.astype(np.float32) if whole.dtype.kind not in "fiu" else whole
 
     def _block(self, protocol: Protocol) -> Samples:
-        self._timer = self._timer or GraphTimer(self._cuda, self._launch)
+        if self._timer is None:
+            with self._cuda.enough():
+                self._timer = GraphTimer(self._cuda, self._launch)
         return self._timer.block(protocol)
 
     def close(self) -> None:
+        """Release the graph, what it runs, and the memory that they use, in this order."""
         super().close()
-        self._timer = self._context = self._engine = None
+        self._cuda.wait()
+        self._timer = self._context = self._engine = self._output = None
+        self._inputs = []
 
     def _launch(self) -> None:
         if not self._context.execute_async_v3(self._cuda.stream):
@@ -138,7 +147,8 @@ class TrtSession(Session):
 
     def _bound(self, name: str, shape: tuple[int, ...]) -> Buffer:
         buffer = self._cuda.buffer(shape, _dtype(self._engine.get_tensor_dtype(name)))
-        self._context.set_tensor_address(name, buffer.address)
+        if not self._context.set_tensor_address(name, buffer.address):
+            raise refusal(f"takes no memory for {name}")
         return buffer
 
 

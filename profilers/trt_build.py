@@ -24,8 +24,9 @@ from profilers.graphs import read_ops, runs_tf32
 from quant.errors import HwnasError, InvalidInput, MissingDependency
 from quant.precision import TENSORRT
 
-PACKAGES = ("tensorrt", "tensorrt_rtx")
 RTX = "tensorrt_rtx"
+OLDEST = {"tensorrt": (10, 13), RTX: (1, 4)}
+"""The packages in the order in which they are tried, each from this release on."""
 
 TIMINGS = 8
 """How often the builder times a tactic, as trtexec does."""
@@ -52,16 +53,20 @@ class Engine:
 
 @functools.cache
 def package() -> ModuleType:
-    """TensorRT; raises MissingDependency where neither package can be imported."""
+    """TensorRT; raises MissingDependency where neither package can be used."""
     reasons = []
-    for name in PACKAGES:
+    for name, oldest in OLDEST.items():
         try:
-            return importlib.import_module(name)
-        except ImportError as error:
+            found = importlib.import_module(name)
+        except (ImportError, OSError) as error:  # OSError: of a library that the package loads
             reasons.append(f"{name}: {error}")
+            continue
+        if tuple(map(int, found.__version__.split(".")[:2])) >= oldest:
+            return found
+        reasons.append(f"{name}: {found.__version__} is too old")
     raise MissingDependency(
         f"TensorRT is not installed ({'; '.join(reasons)}).",
-        accepted=" or ".join(PACKAGES),
+        accepted=", ".join(f"{name} {x}.{y} or later" for name, (x, y) in OLDEST.items()),
         next_step="make setup DEVICE=gpu, or use --device gpu-torch, or --device cpu",
     )
 
@@ -107,11 +112,7 @@ def build(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse(model.SerializeToString()):
-        first = parser.get_error(0)
-        raise HwnasError(
-            f"{version()} does not read the graph: {first.desc()} ({first.node_name()}).",
-            next_step="search other precisions, or another space, for this device",
-        )
+        raise _unread(parser.get_error(0))
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.max_aux_streams = 0
@@ -135,6 +136,16 @@ def build(
         timed = bytes(config.get_timing_cache().serialize())
         write_atomically(cache, lambda temporary: temporary.write_bytes(timed))
     return Engine(bytes(plan), kernels_of("\n".join(log.texts())))
+
+
+def _unread(error: Any) -> InvalidInput:
+    """The error for a graph, from the parser's first complaint."""
+    where = f" at {error.node_operator()} {error.node_name()}" if error.node_name() else ""
+    return InvalidInput(
+        f"{version()} does not read the graph{where}: {error.code().name}, "
+        f"{_shortened(error.desc())}.",
+        next_step="search other precisions, or another space, for this device",
+    )
 
 
 def _aim(config: Any, targets: Sequence[str]) -> None:
@@ -169,7 +180,7 @@ _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 def kernels_of(log: str) -> tuple[Kernel, ...]:
     """The kernels that a builder's verbose log lists."""
-    found = [_LAYER.match(line) for line in log.splitlines()]
+    found = [_LAYER.match(line) for line in log.split("\n")]
     return tuple(
         Kernel(
             each["name"],
@@ -236,7 +247,19 @@ def logger() -> Any:
 
 def refusal(what: str) -> HwnasError:
     """The error for something that TensorRT does not do, from what it logged."""
-    said = " ".join(" ".join(logger().texts(least=1)).split())
+    said = " ".join(logger().texts(least=1))
+    if lacking := re.search(r"Cannot compile .*?(?=\. In |$)", said, re.DOTALL):
+        return InvalidInput(
+            f"{version()} has no kernels for this graph on the target: {_shortened(lacking[0])}.",
+            accepted="sm89 or newer for fp8; sm80 or newer for bf16, fp32 and w8a8; sm75 for fp16",
+            next_step="name another --compute-capability, or search other precisions",
+        )
+    if re.search(r"CHECK\(dtype|cannot be quantized by input", said):
+        return InvalidInput(
+            f"{version()} builds no integer networks: {_shortened(said)}.",
+            accepted=f"{RTX} 1.7 or later for w8a8",
+            next_step="pip install 'hwnas[gpu-build]', or search other precisions",
+        )
     if re.search(
         r"driver version is insufficient|no CUDA-capable device|cudaError ?(35|100)", said
     ):
@@ -249,16 +272,15 @@ def refusal(what: str) -> HwnasError:
         return out_of_memory()
     if re.search(r"[Uu]nsupported (SM|compute|GPU)|not supported on this (GPU|device)", said):
         return unsupported()
-    if re.search(r"HW-specific datatypes|is not supported", said):
-        return InvalidInput(
-            f"{version()} has no kernels for this graph on the target: {said[:200]}.",
-            accepted="sm89 or newer for fp8; sm80 or newer for bf16, fp32 and w8a8; sm75 for fp16",
-            next_step="name another --compute-capability, or search other precisions",
-        )
     return HwnasError(
-        f"{version()} {what}: {said[:300] or 'it gives no reason'}.",
+        f"{version()} {what}: {_shortened(said) or 'it gives no reason'}.",
         next_step="use --device gpu-torch, or search other precisions for this device",
     )
+
+
+def _shortened(said: str) -> str:
+    """What was said, on one line and without the full stop, at most 300 characters of it."""
+    return " ".join(said.split())[:300].rstrip(". ")
 
 
 def unsupported(what: str = "does not run") -> MissingDependency:
@@ -278,10 +300,10 @@ def loaded(plan: bytes) -> Any:
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is not None:
         return engine
-    said = " ".join(" ".join(log.texts(least=1)).split())
+    said = " ".join(log.texts(least=1))
     if re.search(r"out of memory|OutOfMemory", said, re.IGNORECASE):
         raise out_of_memory()
-    causes = _diagnosed(runtime, plan) or said[:300] or "it gives no reason"
+    causes = _diagnosed(runtime, plan) or _shortened(said) or "it gives no reason"
     raise InvalidInput(
         f"{version()} does not load this engine on the {card().name} ({card().sm}): {causes}. An "
         "engine runs on the cards and with the package that it was built for.",
@@ -290,13 +312,20 @@ def loaded(plan: bytes) -> Any:
 
 
 def _diagnosed(runtime: Any, plan: bytes) -> str:
-    """Why TensorRT for RTX finds a plan not valid here; "" where it does not say."""
+    """Why TensorRT for RTX finds a plan not valid here; "" where it does not say.
+
+    Raises MissingDependency for a card that it never runs on, InvalidInput where memory is short.
+    """
     trt = package()
     if not hasattr(runtime, "get_engine_validity"):
         return ""
     _, bits = runtime.get_engine_validity(plan)
     causes = trt.EngineInvalidityDiagnostics.__members__.items()
     told = [name.lower().replace("_", " ") for name, bit in causes if int(bits) & int(bit)]
+    if "unsupported cc" in told and card().sm not in capabilities():
+        raise unsupported()
+    if "insufficient gpu memory" in told:
+        raise out_of_memory()
     return ", ".join(told)
 
 

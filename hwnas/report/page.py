@@ -57,6 +57,10 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
             f"{summary['evaluated']} architectures each",
         ),
         ("model", f"{summary['model']} ({summary['size_bytes'] / 1e6:.3g} MB)"),
+        *(
+            (f"model for {device}", f"{told['model']}, {told['accuracy']['test']:.2%} on TEST")
+            for device, told in summary.get("files", {}).items()
+        ),
         *(("note", sentence) for sentence in summary["notes"]),
         ("BitOPs", _bitops(summary["bitops"], summary["bitops_searched"])),
         ("certificate", summary["certificate"]),

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnx
 import pytest
 import torch
 
@@ -163,7 +162,7 @@ def profiled(searched: tuple[Path, Answer]) -> Callable[[Path], Path]:
 def _measured_here(job: Job, paths: Sequence[Path], *_: object) -> list[Measurement]:
     found = []
     for path in paths:
-        with job.profiler.prepare(onnx.load(path)) as session:
+        with job.profiler.prepare(path) as session:
             block = session.block(job.recipe.protocol).round(3)  # as it is told between processes
             found.append(summarise([block] * job.recipe.processes, job.recipe.protocol))
     return found

@@ -21,7 +21,7 @@ from hwnas.recipes import CalibrationRecipe, recipe
 from hwnas.spaces.base import SearchSpace
 from hwnas.spaces.mobile import Stage, mobile
 from latency_tables.boundaries import chain_key, probes, with_heads
-from latency_tables.model import MeasuredNetwork, calibrate
+from latency_tables.model import LatencyModel, MeasuredNetwork, calibrate
 from latency_tables.ops import OpSpec
 from latency_tables.table import LatencyTable, Row
 from profilers.graphs import read_ops
@@ -89,6 +89,33 @@ def test_files_of_networks_hold_their_ops_and_go_with_the_block(small: SearchSpa
         assert [tuple(read_ops(onnx.load(path))) for path in paths] == chains
     assert told == [(1, 3), (2, 3), (3, 3)]
     assert not any(path.exists() for path in paths)
+
+
+def test_networks_that_a_journal_holds_are_not_checked_again(
+    small: SearchSpace, table: LatencyTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check may build an engine: an interrupted calibration goes on with those that it lacks."""
+    counts = CalibrationRecipe(fit=6, bound=3, test=3)
+    recipe = SMOKE.model_copy(update={"calibration": counts, "processes": 1})
+    profiler, journal, checked = SimulatedProfiler(), tmp_path / "networks.journal", []
+    monkeypatch.setattr(profiler, "check", checked.append)
+
+    def calibrate_until(blocks: int) -> LatencyModel:
+        def progress(label: str, done: int, _: int) -> None:
+            if label.startswith("timing") and done == blocks:
+                raise KeyboardInterrupt
+
+        return calibrated(small, profiler, table, recipe, journal=journal, progress=progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_until(5)
+    assert len(checked) == 12
+    checked.clear()
+    calibrate_until(99)
+    assert len(checked) == 7
+    checked.clear()
+    assert calibrate_until(99).quality.networks == 3
+    assert checked == []
 
 
 # ---- what was measured

@@ -2,6 +2,7 @@
 which networks meet them, what ships and what is told of it.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -13,13 +14,16 @@ from typing import Any
 import jsonschema
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import TensorProto
 
 import hwnas.job
 from hwnas.conditions import LATENCY, Condition, condition
-from hwnas.costs.feasible import FeasibleSet
+from hwnas.costs.feasible import FeasibleSet, reachable
+from hwnas.data import as_input, digits
 from hwnas.history import History
 from hwnas.job import LIMITS, Job, Request, flag_of
 from hwnas.loop import searches, settled
@@ -35,7 +39,7 @@ from profilers.graphs import read_ops
 from profilers.measure import Measurement, Protocol, Samples
 from profilers.simulated import CALL_US, SimulatedProfiler, SimulatedSession, op_us
 from quant.errors import InvalidInput
-from quant.precision import Runtime
+from quant.precision import TENSORRT, Runtime
 
 ROOT = Path(__file__).parents[2]
 SPACE = f"{ROOT / 'examples' / 'own_space.py'}:space"
@@ -81,13 +85,22 @@ class Twin(Tailed):
 
 
 class Foreign(Twin):
-    """A device whose files are others."""
+    """A device that runs nothing of the space."""
 
     runtime = Runtime("foreign", {}, unsigned_activations=False)
 
 
+class Board(Tailed):
+    """A device whose files are others: TensorRT's flavour, on its grid."""
+
+    runtime = TENSORRT
+
+    def host(self) -> Host:
+        return Host("board", "simulated", "1", "a third stated cost model", "")
+
+
 def opened(device: str, *, threads: int = 1, batch: int = 1, portable: bool = False) -> Profiler:
-    kinds = {"simulated": Tailed, "twin": Twin, "foreign": Foreign}
+    kinds = {"simulated": Tailed, "twin": Twin, "foreign": Foreign, "board": Board}
     if device in kinds:
         return kinds[device](threads=threads, batch=batch, portable=portable)
     return devices.open_profiler(device, threads=threads, batch=batch, portable=portable)
@@ -136,6 +149,54 @@ def middle(job: Job, name: str, share: float = 0.5) -> float:
     """A limit between the smallest and the largest reachable."""
     found = job.under(name).latency_range()
     return found.smallest + share * (found.largest - found.smallest)
+
+
+# ---- a device of another runtime
+
+
+def test_a_device_that_takes_another_file_gets_one_of_its_own(
+    folder: Path, job: Job, hwnas_in: Commands
+) -> None:
+    """The same network on the other grid: measured there, and what it scores is what plain ONNX
+    Runtime makes of the file."""
+    names = {"simulated": "latency_ms", "board": "latency_ms@board"}
+    values = {device: float(f"{middle(job, name, 0.9):.4g}") for device, name in names.items()}
+    flags = [text for d, x in values.items() for text in ("--latency-ms", f"{d}={x!r}")]
+    few = 2 * reachable(job.space, job.cost("bitops")).smallest  # so few that integers are needed
+    answer = search(hwnas_in, folder, *flags, "--max-bitops", f"{few:.0f}")
+    assert answer.code == 0, answer.told
+    told = answer.content
+    assert_valid("search", told)
+    own, other = folder / told["model"], folder / told["files"]["board"]["model"]
+    assert (own.name, other.name) == ("model.onnx", "model.board.onnx")
+    assert list(told["files"]) == ["board"]
+    graphs = [onnx.load(path) for path in (own, other)]
+    assert read_ops(graphs[0]) == read_ops(graphs[1])
+    assert any(op.precision.is_integer for op in read_ops(graphs[0])), "else nothing is shown"
+    for graph, kind in zip(graphs, (TensorProto.UINT8, TensorProto.INT8), strict=True):
+        zeros = {i.data_type for i in graph.graph.initializer if i.name.endswith("codes.zero")}
+        assert zeros == {kind}
+    seen = told["measured_under"]["latency_ms@board"]["latency_ms"]
+    assert seen == pytest.approx(measured_ms(other, "board"), rel=1e-3)
+    certificate = json.loads((folder / told["certificate"]).read_text())
+    facts = certificate["files"]["board"]
+    assert facts["accuracy"] == told["files"]["board"]["accuracy"]
+    assert facts["host"]["device"] == "board"
+    assert facts["hashes"]["file"] == hashlib.sha256(other.read_bytes()).hexdigest()
+    session = onnxruntime.InferenceSession(other, providers=["CPUExecutionProvider"])
+    with digits().final() as images:
+        answers = session.run(None, {"input": as_input(images.x)})[0].argmax(1)
+        assert float((answers == images.y).mean()) == pytest.approx(
+            facts["accuracy"]["test"], abs=0.005
+        )
+    again = hwnas_in(folder, "verify", "--run", told["run"], "--tables", "tables", "--json")
+    assert again.content["holds"] == dict.fromkeys((*names.values(), "bitops"), True)
+    content = other.read_bytes()
+    other.write_bytes(content[:-1])
+    damaged = hwnas_in(folder, "verify", "--run", told["run"], "--tables", "tables", "--json")
+    other.write_bytes(content)
+    assert damaged.code == 2
+    assert "is not the file that its certificate" in damaged.told
 
 
 # ---- names
@@ -462,7 +523,7 @@ def test_a_limit_holds_of_its_own_percentile_and_device_alone(
         ("--latency-ms simulated=1 --latency-ms toaster=1", "'toaster' is not a device"),
         ("--latency-ms toaster=1", "'toaster' is not a device"),
         ("--latency-ms simulated=1 --latency-ms gpu=1", "No NVIDIA driver is on this machine"),
-        ("--latency-ms simulated=1 --latency-ms foreign=1", "file for simulated does not run on"),
+        ("--latency-ms simulated=1 --latency-ms foreign=1", "foreign has no kernel for"),
         ("--latency-ms simulated=1 --latency-ms my-board=1", "my-board"),
         ("--latency-ms simulated=1 --limit-fraction 0.5", "needs one latency limit"),
     ],
@@ -507,5 +568,5 @@ def test_limits_of_a_file_may_name_devices_and_a_flag_replaces_all_of_them(
 
 
 def test_a_device_of_another_runtime_is_refused_by_the_job() -> None:
-    with pytest.raises(InvalidInput, match="file for simulated does not run on foreign"):
+    with pytest.raises(InvalidInput, match="foreign has no kernel for"):
         Job(Request(SPACE, device="simulated", recipe="smoke")).under("latency_ms@foreign")

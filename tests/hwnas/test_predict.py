@@ -36,6 +36,7 @@ from profilers.measure import Protocol
 from profilers.modules import Network
 from profilers.simulated import CALL_US, SimulatedProfiler, op_us
 from quant.errors import InvalidInput, TableError
+from quant.precision import TENSORRT
 
 SPACE = str(Path(__file__).parents[2] / "examples" / "own_space.py") + ":space"
 MODEL = LatencyModel({"fp32": 0.83, "w8a8": 1.07}, 1.5, 12.7, 1.073, 0.99, Quality(*[0] * 8))
@@ -327,6 +328,21 @@ def test_the_ops_of_the_preset_are_read_back_whatever_the_weights_are(tmp_path: 
         path = tmp_path / "model.onnx"
         path.write_bytes(model_of(ops, seed=number).SerializeToString())
         assert ops_of_onnx(path) == list(ops)
+
+
+def test_the_ops_of_a_graph_for_tensorrt_are_read_back_and_a_change_is_found(
+    tmp_path: Path,
+) -> None:
+    space, path = mobile_tiny(classes=10), tmp_path / "model.onnx"
+    rng = np.random.default_rng(2)
+    ops = space.lower(UniformSampler(space).sample(rng))
+    model = emit(ops, [random_parameters(op, rng) for op in ops], TENSORRT)
+    onnx.save(model, path)
+    assert ops_of_onnx(path) == list(ops)
+    del model.graph.node[3]
+    onnx.save(model, path)
+    with pytest.raises(InvalidInput, match="was changed after its export"):
+        ops_of_onnx(path)
 
 
 # ---- files that are not ours

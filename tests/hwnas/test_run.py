@@ -277,7 +277,7 @@ def test_the_stages_one_by_one_end_as_the_whole_path(
     assert len(networks) == len(finalists) == job.recipe.finalists
     assert not (result / "finalist-0.onnx").exists()
     candidates = hwnas.run.export(job, run, result)
-    assert [candidate.path.name for candidate in candidates] == [
+    assert [candidate.own.path.name for candidate in candidates] == [
         "finalist-0.onnx",
         "finalist-1.onnx",
     ]
@@ -495,7 +495,7 @@ def test_a_file_that_does_not_answer_as_its_network_is_not_shipped(
         dataclasses.replace(job.request, recipe={"name": "smoke", "least_agreement": 0.97})
     )
     agreed = Agreement(images=400, same_class=0.96, largest_difference=1.0, logit_range=2.0)
-    monkeypatch.setattr("hwnas.ship.agreement", lambda *_: agreed)
+    monkeypatch.setattr("hwnas.files.agreement", lambda *_: agreed)
     before = Path(summary["certificate"]).read_bytes()
     with pytest.raises(HwnasError, match=r"finalist-0\.onnx answers as .* on 96\.0% of the images"):
         hwnas.run.export(strict, run, Path(summary["model"]).parent)

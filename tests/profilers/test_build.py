@@ -12,6 +12,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +31,9 @@ from latency_tables.table import LatencyTable
 from profilers.base import Profiler, WrongKernels
 from profilers.build import (
     build_rows,
+    file_hash,
     forget,
+    journalled,
     measure_models,
     minutes,
     missing_chains,
@@ -951,6 +954,50 @@ def test_interrupted_networks_go_on_with_the_missing_blocks(
     quick.clear()
     assert measured(SimulatedProfiler(), files, PROTOCOL, journal=kept) == wanted
     assert quick == [], "nothing is missing, so no process is started"
+
+
+class Compiling(SimulatedProfiler):
+    """A device that runs a file of its own, in a folder that goes with it."""
+
+    suffix = ".plan"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.made: list[str] = []
+
+    def compiled(self, model: Path) -> Path:
+        self.made.append(model.stem)
+        plan = Path(self.folder.name) / f"{model.stem}.plan"
+        plan.write_bytes(model.read_bytes())
+        return plan
+
+
+def test_only_what_is_missing_is_compiled_and_only_once(tmp_path: Path, quick: list[Seen]) -> None:
+    """A journal that holds all makes no engine; one that holds some makes the others'."""
+    files, kept = networks(tmp_path, 3), tmp_path / "kept.journal"
+    wanted = measured(SimulatedProfiler(), files, PROTOCOL)
+    order = [name for process in quick for name in process.models]
+    for blocks, left in ((1, order[1:]), (4, order[4:]), (8, order[8:])):
+        kept.unlink(missing_ok=True)
+        with pytest.raises(KeyboardInterrupt):
+            measure_models(Compiling(), files, PROTOCOL, stopping_after(blocks), journal=kept)
+        profiler = Compiling()
+        assert measured(profiler, files, PROTOCOL, journal=kept) == wanted
+        assert sorted(profiler.made) == sorted(set(left))
+    again = Compiling()
+    assert measured(again, files, PROTOCOL, journal=kept) == wanted
+    assert again.made == []
+
+
+def test_a_journal_tells_which_models_it_holds(tmp_path: Path, quick: list[Seen]) -> None:
+    files, kept = networks(tmp_path, 3), tmp_path / "kept.journal"
+    assert journalled(SimulatedProfiler(), PROTOCOL, kept) == set()
+    measure_models(SimulatedProfiler(), files[:2], PROTOCOL, journal=kept)
+    hashes = [file_hash(file.read_bytes()) for file in files]
+    assert journalled(SimulatedProfiler(), PROTOCOL, kept) == set(hashes[:2])
+    with pytest.raises(TableError, match="another host"):
+        journalled(SimulatedProfiler(batch=2), PROTOCOL, kept)
 
 
 @pytest.mark.usefixtures("quick")

@@ -1,6 +1,11 @@
-"""The contract of a profiler. A new backend joins `BACKENDS` and passes as it is."""
+"""The contract of a profiler. A new backend joins `BACKENDS` and passes as it is; those of cards
+join `CARDS`, and run where there is one (`-m gpu`).
+"""
 
+import functools
 from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import onnx
@@ -11,22 +16,42 @@ from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_resid
 from latency_tables.host import Host
 from latency_tables.ops import OpBuilder, OpSpec, Tensor
 from profilers.base import Profiler, Session, WrongKernels
+from profilers.cuda import Card
 from profilers.graphs import emit, random_parameters
 from profilers.measure import Protocol, summarise
 from profilers.modules import Network
 from profilers.ort import OrtProfiler
 from profilers.simulated import SimulatedProfiler
-from quant.errors import InvalidInput
-from quant.precision import Format, Precision
+from profilers.torch_cuda import TorchProfiler
+from profilers.trt import TrtProfiler
+from quant.errors import InvalidInput, MissingDependency
+from quant.precision import ONNXRUNTIME, Format, Precision, Runtime
 
-BACKENDS: list[type[Profiler]] = [OrtProfiler, SimulatedProfiler]
+
+class TorchOnCpu(TorchProfiler):
+    """PyTorch's backend on the CPU, timed by its clock, under the name of a stated card."""
+
+    place = torch.device("cpu")
+
+    def host(self) -> Host:
+        with patch("profilers.torch_cuda.card", lambda: Card("Stated 9000", (8, 9), "580", 0)):
+            return super().host()
+
+
+BACKENDS: list[type[Profiler]] = [OrtProfiler, SimulatedProfiler, TorchOnCpu]
+CARDS: list[type[Profiler]] = [TrtProfiler, TorchProfiler]
 QUICK = Protocol(rounds=3, warmup_ms=1.0, block_ms=2.0, min_runs=5, max_runs=50)
-FP32, W8A8 = Precision("fp32"), Precision("w8a8")
+FP32, FP16, W8A8 = Precision("fp32"), Precision("fp16"), Precision("w8a8")
 INPUT = Tensor(8, 8, 8)
 
 
-@pytest.fixture(params=BACKENDS, ids=lambda backend: backend.__name__)
+@pytest.fixture(
+    params=[*BACKENDS, *(pytest.param(each, marks=pytest.mark.gpu) for each in CARDS)],
+    ids=lambda backend: backend.__name__,
+)
 def backend(request: pytest.FixtureRequest) -> type[Profiler]:
+    if request.param in CARDS and (reason := refusal(request.param, FP32)):
+        pytest.skip(reason)
     return request.param
 
 
@@ -36,9 +61,29 @@ def profiler(backend: type[Profiler]) -> Profiler:
 
 
 @pytest.fixture
-def session(profiler: Profiler) -> Iterator[Session]:
-    with profiler.prepare(model([chain(W8A8)[0]])) as opened:
+def reduced(backend: type[Profiler]) -> Precision:
+    """The precision of fewest bits that the backend has kernels for."""
+    return FP16 if refusal(backend, W8A8) else W8A8
+
+
+@pytest.fixture
+def session(profiler: Profiler, reduced: Precision) -> Iterator[Session]:
+    with profiler.prepare(model([chain(reduced)[0]], profiler.runtime)) as opened:
         yield opened
+
+
+@functools.cache
+def refusal(backend: type[Profiler], precision: Precision) -> str:
+    """Why a runtime has no kernels for a precision, or a card does not run it; "" where it does."""
+    try:
+        backend.runtime.kernel(precision)
+        if backend in CARDS:
+            backend().prepare(model(chain(precision), backend.runtime)).close()
+    except MissingDependency as error:
+        return str(error)
+    except InvalidInput as error:
+        return error.what
+    return ""
 
 
 def chain(precision: Precision, spec: Tensor = INPUT) -> list[OpSpec]:
@@ -46,9 +91,9 @@ def chain(precision: Precision, spec: Tensor = INPUT) -> list[OpSpec]:
     return [body, classifier(body.output, 16, 4, precision=FP32)]
 
 
-def model(ops: list[OpSpec], seed: int = 0) -> onnx.ModelProto:
+def model(ops: list[OpSpec], runtime: Runtime = ONNXRUNTIME, seed: int = 0) -> onnx.ModelProto:
     rng = np.random.default_rng(seed)
-    return emit(ops, [random_parameters(op, rng) for op in ops])
+    return emit(ops, [random_parameters(op, rng) for op in ops], runtime)
 
 
 def images(batch: int = 1, seed: int = 0, spec: Tensor = INPUT) -> np.ndarray:
@@ -106,8 +151,8 @@ def test_a_session_gives_block_after_block(session: Session) -> None:
     assert 0 < measured.min_us <= measured.median_us <= measured.p95_us * 1.5
 
 
-def test_the_same_input_gives_the_same_output(profiler: Profiler) -> None:
-    graph, x = model(chain(W8A8)), images()
+def test_the_same_input_gives_the_same_output(profiler: Profiler, reduced: Precision) -> None:
+    graph, x = model(chain(reduced), profiler.runtime), images()
     with profiler.prepare(graph) as session:
         first, again = session.run(x), session.run(x)
         other = session.run(images(seed=1))
@@ -127,7 +172,8 @@ def test_timing_does_not_change_the_output(session: Session) -> None:
 def test_the_output_is_that_of_the_pytorch_network(profiler: Profiler) -> None:
     network = Network(chain(FP32), profiler.runtime).eval()
     x = images(batch=2)
-    with profiler.prepare(emit(network.ops, network.parameters_for_graph())) as session:
+    graph = emit(network.ops, network.parameters_for_graph(), profiler.runtime)
+    with profiler.prepare(graph) as session:
         found = session.run(x)
     with torch.no_grad():
         wanted = network(torch.from_numpy(x)).numpy()
@@ -135,16 +181,39 @@ def test_the_output_is_that_of_the_pytorch_network(profiler: Profiler) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_any_batch_runs_whatever_the_condition(backend: type[Profiler], batch: int) -> None:
-    with backend(batch=2).prepare(model(chain(W8A8))) as session:
+def test_any_batch_runs_whatever_the_condition(
+    backend: type[Profiler], reduced: Precision, batch: int
+) -> None:
+    with backend(batch=2).prepare(model(chain(reduced), backend.runtime)) as session:
         assert session.run(images(batch)).shape == (batch, 4)
         assert len(session.block(QUICK)) >= QUICK.min_runs
 
 
+def test_what_the_device_runs_answers_as_its_graph_does(
+    profiler: Profiler, reduced: Precision, tmp_path: Path
+) -> None:
+    path, x = tmp_path / "graph.onnx", images(3)
+    path.write_bytes(model(chain(reduced), profiler.runtime).SerializeToString())
+    compiled = profiler.compiled(path)
+    assert compiled.suffix == profiler.suffix
+    assert profiler.compiled(compiled) == compiled
+    answers = []
+    for each in (onnx.load(path), path, compiled):
+        with profiler.prepare(each) as session:
+            answers.append(session.run(x))
+            assert (session.block(QUICK) > 0).all()
+    np.testing.assert_array_equal(answers[0], answers[1])
+    np.testing.assert_array_equal(answers[0], answers[2])
+
+
 @pytest.mark.parametrize("kind", ["a8", "a8+"])
-def test_an_op_whose_input_is_codes_can_be_timed(profiler: Profiler, kind: str) -> None:
+def test_an_op_whose_input_is_codes_can_be_timed(
+    backend: type[Profiler], profiler: Profiler, kind: str
+) -> None:
+    if reason := refusal(backend, W8A8):
+        pytest.skip(reason)
     op = conv_norm_activation(Tensor(8, 8, 8, Format.parse(kind)), 8, kernel=3, precision=FP32)
-    graph = model([op])
+    graph = model([op], profiler.runtime)
     profiler.check(graph)
     with profiler.prepare(graph) as session:
         assert (session.block(QUICK) > 0).all()
@@ -154,29 +223,33 @@ def test_an_op_whose_input_is_codes_can_be_timed(profiler: Profiler, kind: str) 
 def test_an_op_of_two_inputs_can_be_timed(profiler: Profiler) -> None:
     builder = OpBuilder(FP32, INPUT, INPUT)
     builder.add(0, 1)
-    with profiler.prepare(model([builder.build()])) as session:
+    with profiler.prepare(model([builder.build()], profiler.runtime)) as session:
         assert (session.block(QUICK) > 0).all()
         np.testing.assert_array_equal(session.run(images(), images()), 2 * images())
 
 
-def test_a_much_larger_network_takes_longer(profiler: Profiler) -> None:
+def test_a_much_larger_network_takes_longer(backend: type[Profiler], profiler: Profiler) -> None:
+    """So large that a card is busy with it, too."""
     latencies = []
-    for spec in (Tensor(8, 4, 4), Tensor(64, 32, 32)):
-        with profiler.prepare(model(chain(FP32, spec))) as session:
+    larger = Tensor(256, 128, 128) if backend in CARDS else Tensor(64, 32, 32)
+    for spec in (Tensor(8, 4, 4), larger):
+        with profiler.prepare(model(chain(FP32, spec), profiler.runtime)) as session:
             latencies.append(float(np.median(session.block(QUICK)[:, 0])))
     assert latencies[1] > 3 * latencies[0]
 
 
 def test_a_larger_batch_takes_longer(backend: type[Profiler]) -> None:
     latencies = []
-    for batch in (1, 16):
-        with backend(batch=batch).prepare(model(chain(FP32, Tensor(32, 16, 16)))) as session:
+    spec, most = (Tensor(64, 64, 64), 64) if backend in CARDS else (Tensor(32, 16, 16), 16)
+    graph = model(chain(FP32, spec), backend.runtime)
+    for batch in (1, most):
+        with backend(batch=batch).prepare(graph) as session:
             latencies.append(float(np.median(session.block(QUICK)[:, 0])))
     assert latencies[1] > 3 * latencies[0]
 
 
 def test_a_closed_session_refuses_to_work(profiler: Profiler) -> None:
-    session = profiler.prepare(model(chain(FP32)))
+    session = profiler.prepare(model(chain(FP32), profiler.runtime))
     session.run(images())
     session.close()
     with pytest.raises(RuntimeError, match="closed"):
@@ -189,7 +262,7 @@ def test_a_closed_session_refuses_to_work(profiler: Profiler) -> None:
 
 
 def test_a_with_block_gives_the_session_and_closes_it(profiler: Profiler) -> None:
-    session = profiler.prepare(model(chain(FP32)))
+    session = profiler.prepare(model(chain(FP32), profiler.runtime))
     with session as entered:
         assert entered is session
     with pytest.raises(RuntimeError, match="closed"):
@@ -197,7 +270,7 @@ def test_a_with_block_gives_the_session_and_closes_it(profiler: Profiler) -> Non
 
 
 def test_a_with_block_closes_on_an_error_and_lets_it_through(profiler: Profiler) -> None:
-    session = profiler.prepare(model(chain(FP32)))
+    session = profiler.prepare(model(chain(FP32), profiler.runtime))
     with pytest.raises(ZeroDivisionError), session:
         raise ZeroDivisionError
     with pytest.raises(RuntimeError, match="closed"):
@@ -205,12 +278,16 @@ def test_a_with_block_closes_on_an_error_and_lets_it_through(profiler: Profiler)
 
 
 @pytest.mark.parametrize("precision", [FP32, W8A8], ids=str)
-def test_good_models_pass_the_check(profiler: Profiler, precision: Precision) -> None:
-    profiler.check(model(chain(precision)))
+def test_good_models_pass_the_check(
+    backend: type[Profiler], profiler: Profiler, precision: Precision
+) -> None:
+    if reason := refusal(backend, precision):
+        pytest.skip(reason)
+    profiler.check(model(chain(precision), profiler.runtime))
 
 
 def test_a_foreign_model_fails_the_check(profiler: Profiler) -> None:
-    foreign = model(chain(FP32))
+    foreign = model(chain(FP32), profiler.runtime)
     del foreign.metadata_props[:]
     with pytest.raises(InvalidInput, match="metadata"):
         profiler.check(foreign)
@@ -224,5 +301,5 @@ def test_wrong_kernels_are_an_error_of_the_program_not_of_the_user() -> None:
 def test_the_protocol_decides_how_many_runs_a_block_has(profiler: Profiler) -> None:
     for runs in (3, 17):
         exactly = Protocol(warmup_ms=0.1, block_ms=0.1, min_runs=runs, max_runs=runs)
-        with profiler.prepare(model([chain(FP32)[0]])) as session:
+        with profiler.prepare(model([chain(FP32)[0]], profiler.runtime)) as session:
             assert len(session.block(exactly)) == runs

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profilers import measure
-from profilers.measure import Protocol, interval, now_s, pace_of, summarise, time_block
+from profilers.measure import (
+    Protocol,
+    interval,
+    now_s,
+    pace_of,
+    summarise,
+    time_block,
+    time_replays,
+)
 
 
 class HandClock:
@@ -79,6 +87,25 @@ def test_a_block_has_at_least_min_runs_and_at_most_max_runs(
 def test_a_slow_call_warms_up_twice_at_least(clock: HandClock) -> None:
     time_block(lambda: clock.spend(50_000), Protocol(warmup_ms=2, min_runs=10))
     assert len(clock.calls) == 2 + 10
+
+
+@pytest.mark.parametrize(("us", "runs"), [(1, 200), (100, 80), (900, 10)])
+def test_replays_are_as_many_as_their_own_time_allows_whatever_they_tell(
+    clock: HandClock, us: float, runs: int
+) -> None:
+    """A graph of fifty copies tells a fiftieth of what it takes."""
+    protocol = Protocol(warmup_ms=2, block_ms=8, min_runs=10, max_runs=200)
+
+    def replay_us() -> float:
+        assert not gc.isenabled()
+        clock.spend(us)
+        return us / 50
+
+    gc.enable()
+    samples = time_replays(replay_us, protocol)
+    assert gc.isenabled()
+    assert samples.tolist() == [[us / 50, 1.0]] * runs
+    assert len(clock.calls) == max(2, -(-2000 // us)) + runs
 
 
 def test_each_call_is_timed_by_itself(clock: HandClock) -> None:
