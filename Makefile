@@ -2,17 +2,18 @@
 PYTHON ?= python3
 DEVICE ?= cpu
 BIN := .venv/bin
+ifeq ($(DEVICE),gpu)
+EXTRAS ?= dev,gpu
+CONSTRAINTS := constraints-gpu.txt
+else
 EXTRAS ?= dev
 CONSTRAINTS := constraints.txt
-ifeq ($(DEVICE),gpu)
-EXTRAS := dev,gpu
-CONSTRAINTS := constraints-gpu.txt
 endif
 comma := ,
-STAMP := .venv/.installed-$(subst $(comma),-,$(EXTRAS))
+STAMP := .venv/.installed-$(DEVICE)-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-check claims profile clean
+.PHONY: help setup demo test test-gpu check bench bench-check claims profile clean
 
 help: ## this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +30,10 @@ demo: $(STAMP) ## from nothing to a measured model under a limit on this CPU
 
 test: $(STAMP) ## the default test suite, in two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-gpu: ## every test that needs an NVIDIA GPU, in one command; needs no package index
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) -m pytest -m gpu -p no:cacheprovider -rs \
+		$$(grep -rl --include='*.py' 'pytest.mark.gpu' tests)
 
 check: $(STAMP) ## ruff, mypy, the import floors, doctests
 	$(BIN)/ruff check .

@@ -330,6 +330,8 @@ def verify(
     Example: hwnas verify --run runs/mobile-tiny-digits-cpu-1
     """
     with command(locals()) as screen, opened_result(locals(), screen) as (job, where, result):
+        if layers:
+            hwnas.engines.engine_of(job, result)  # refused before anything is measured
         if (result / "certificate.json").exists():
             content = hwnas.run.remeasure(job, result)
         else:

@@ -17,14 +17,15 @@ from hwnas.job import Job
 from hwnas.retrain import accuracy_on, load_weights
 from hwnas.ship import STEM, is_shipped, shipped_file
 from latency_tables.files import read_object, write_atomically
+from profilers.base import Profiler
 from profilers.build import measure_models
 from profilers.cuda import card
 from profilers.devices import open_profiler, protocol_of
-from profilers.graphs import emit
+from profilers.graphs import check_kernels, emit
 from profilers.measure import summarise
 from profilers.modules import Network
 from profilers.trt import PLAN, TrtSession
-from profilers.trt_build import Kernel, build, version, wrong_kernels
+from profilers.trt_build import Kernel, build, named_targets, version, wrong_kernels
 from quant.errors import HwnasError, InvalidInput
 from quant.precision import TENSORRT
 
@@ -42,15 +43,22 @@ def export_engine(job: Job, result: Path, targets: Sequence[str]) -> dict[str, A
     Without them it is built for this machine's card, and measured. A network that was trained for
     another runtime is requantised and scored anew.
     """
+    targets = named_targets(targets)
     source = certificates.read_certificate(result / "certificate.json")
     if not is_shipped(result, source):
         raise InvalidInput(
             f"{result} is not what its certificate describes.", next_step="run hwnas verify"
         )
+    network = _network(job, result)
+    check_kernels(network.ops, TENSORRT)
+    profiler = None if targets else open_profiler("gpu", batch=job.request.batch)
+    found = rescored(network, TENSORRT, job.splits)
     folder = result / "-".join(["tensorrt", *targets])
-    found = rescored(_network(job, result), TENSORRT, job.splits)
-    build_here = _built_for if targets else _built_here
-    told = build_here(job, found, folder, targets)
+    told = (
+        _built_for(job, found, folder, targets)
+        if profiler is None
+        else _built_here(job, found, folder, profiler)
+    )
     with job.splits.final() as images:
         test = accuracy_on(found.network, images)
     content = {
@@ -113,12 +121,9 @@ def _built_for(
     }
 
 
-def _built_here(
-    job: Job, found: Requantised, folder: Path, _targets: Sequence[str]
-) -> dict[str, Any]:
+def _built_here(job: Job, found: Requantised, folder: Path, profiler: Profiler) -> dict[str, Any]:
     """An engine for this machine's card, measured, and what its certificate tells of it."""
-    batch, protocol = job.request.batch, protocol_of("gpu")
-    profiler = open_profiler("gpu", batch=batch)
+    protocol = protocol_of("gpu")
     folder.mkdir(parents=True, exist_ok=True)
     write_onnx(found.network, profiler, folder / MODEL)
     plan = write_engine(profiler, folder / MODEL)
@@ -126,7 +131,7 @@ def _built_here(
         profiler, [plan], protocol, job.progress, processes=job.recipe.processes
     )
     return {
-        "engine": _engine(plan.name, plan.stat().st_size, [card().sm], batch),
+        "engine": _engine(plan.name, plan.stat().st_size, [card().sm], profiler.batch),
         "measured": asdict(summarise(blocks[0], protocol, percentile=job.percentile)),
         "host": asdict(profiler.host()),
     }
@@ -178,18 +183,25 @@ class LayerTime:
     rescaled_us: float
 
 
+def engine_of(job: Job, result: Path) -> Path:
+    """The TensorRT engine of a result; raises InvalidInput where it is of another kind."""
+    file = shipped_file(job, result)
+    if file.suffix != PLAN:
+        raise InvalidInput(
+            f"--layers tells the kernels of a TensorRT engine, and {file} is none.",
+            accepted="a result of --device gpu",
+            next_step="drop --layers",
+        )
+    return file
+
+
 def layer_times(job: Job, result: Path) -> list[LayerTime]:
     """Where an engine's time goes, op by op: a diagnostic, never a table's row.
 
     Each kernel is waited for, so their sum exceeds the engine's latency; that is what it is
     rescaled to. Raises InvalidInput where the result is no TensorRT engine.
     """
-    file = shipped_file(job, result)
-    if file.suffix != PLAN:
-        raise InvalidInput(
-            f"--layers tells the kernels of a TensorRT engine, and {file.name} is none.",
-            accepted="a result of --device gpu",
-        )
+    file = engine_of(job, result)
     architecture = job.space.parse(read_object(result / "architecture.json"))
     positions = [placed.position for placed in job.space.walk(architecture)]
     with job.profiler.prepare(file) as session:

@@ -104,6 +104,7 @@ def build(
     graph or the target cannot be had, MissingDependency where a card is needed and not there.
     """
     trt, log = package(), logger()
+    targets = named_targets(targets)
     log.lines.clear()
     try:
         builder = trt.Builder(log)
@@ -124,8 +125,8 @@ def build(
         shapes = [(count, *tuple(tensor.shape)[1:]) for count in batches or (batch,) * 3]
         profile.set_shape(tensor.name, *shapes)
     config.add_optimization_profile(profile)
-    if targets or hasattr(config, "num_compute_capabilities"):
-        _aim(config, targets or _own_target())
+    if hasattr(config, "num_compute_capabilities"):
+        _aim_rtx(config, targets or _own_target())
     if cache is not None and trt.__name__ != RTX:  # whose builder times nothing
         known = cache.read_bytes() if cache.exists() else b""
         config.set_timing_cache(config.create_timing_cache(known), False)
@@ -148,18 +149,26 @@ def _unread(error: Any) -> InvalidInput:
     )
 
 
-def _aim(config: Any, targets: Sequence[str]) -> None:
-    """Have the engine built for compute capabilities, where the package can."""
-    trt, known = package(), capabilities()
-    wrong = [name for name in targets if name.lower() not in (*known, "current")]
-    if wrong or not hasattr(config, "num_compute_capabilities"):
-        raise InvalidInput(
-            f"{version()} builds no engine for {(wrong or targets)[0]}.",
-            accepted=", ".join(known) or "this machine's own card",
-            next_step="name another --compute-capability"
-            if known
-            else "pip install 'hwnas[gpu-build]', whose TensorRT for RTX builds for other cards",
-        )
+def named_targets(names: Sequence[str]) -> list[str]:
+    """Compute capabilities as they are written, each once; raises InvalidInput for one that no
+    engine can be built for here.
+    """
+    known = capabilities()
+    for name in names:
+        if name.lower() not in known:
+            raise InvalidInput(
+                f"{version()} builds no engine for {name!r}.",
+                accepted=", ".join(known) or "this machine's own card",
+                next_step="name another --compute-capability, or none for this machine's card"
+                if known
+                else "pip install 'hwnas[gpu-build]', whose package builds for other cards",
+            )
+    return list(dict.fromkeys(name.lower() for name in names))
+
+
+def _aim_rtx(config: Any, targets: Sequence[str]) -> None:
+    """Have TensorRT for RTX build for compute capabilities."""
+    trt = package()
     config.num_compute_capabilities = len(targets)
     for index, name in enumerate(targets):
         config.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), index)
@@ -261,7 +270,9 @@ def refusal(what: str) -> HwnasError:
             next_step="pip install 'hwnas[gpu-build]', or search other precisions",
         )
     if re.search(
-        r"driver version is insufficient|no CUDA-capable device|cudaError ?(35|100)", said
+        r"driver version is insufficient|no CUDA-capable device|"
+        r"(cudaError|CUDA initialization failure with error:) ?(35|100)\b",
+        said,
     ):
         return MissingDependency(
             f"{version()} finds no NVIDIA driver, or one that is too old for it.",

@@ -56,6 +56,7 @@ BLOCKS: dict[str, Block] = {
 }
 every_block = pytest.mark.parametrize("block", BLOCKS.values(), ids=list(BLOCKS))
 FLOAT, FP16, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
+HOST = torch.device("cpu")
 
 
 def computed(model: onnx.ModelProto, *inputs: Array) -> torch.Tensor:
@@ -270,7 +271,7 @@ def test_an_exported_program_gives_the_same_bits_for_any_batch(name: str, tmp_pa
         spec = ops[-1].output
     path = tmp_path / "model.pt2"
     module = GraphModule(program(ops, path))
-    loaded, told = load_program(path)
+    loaded, told = load_program(path, HOST)
     assert told == ops
     for batch in (1, 2, 3, 8):
         inputs = inputs_of(ops, batch)
@@ -306,14 +307,14 @@ def test_a_damaged_program_is_refused_by_its_path(
     ops = [BLOCKS["conv"](tensor(), Precision("fp32"), "relu")]
     path = tmp_path / "model.pt2"
     program(ops, path)
-    assert load_program(path)[1] == ops
+    assert load_program(path, HOST)[1] == ops
     damaged(kind, path, ops)
     heard: list[logging.LogRecord] = []
     monkeypatch.setattr(logging.getLogger("torch.export"), "handle", heard.append)
     with pytest.raises(
         InvalidInput, match=r"model\.pt2 is not a whole program that hwnas exported"
     ):
-        load_program(path)
+        load_program(path, HOST)
     assert heard == [], "PyTorch would log a traceback"
     logging.getLogger("torch.export").warning("heard again")
     assert len(heard) == 1
@@ -321,4 +322,4 @@ def test_a_damaged_program_is_refused_by_its_path(
 
 def test_a_program_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="absent"):
-        load_program(tmp_path / "absent.pt2")
+        load_program(tmp_path / "absent.pt2", HOST)

@@ -325,12 +325,13 @@ def test_a_graph_takes_as_long_as_many_calls() -> None:
 @pytest.mark.gpu
 def test_reduced_precision_is_quicker_where_a_card_has_the_kernels() -> None:
     """Dense products of a size that a card is busy with."""
+    profiler = real_profiler(batch=16)
     if profilers.cuda.card().capability < (8, 0):
         pytest.skip(f"{profilers.cuda.card().sm} has no tf32")
     spec, us = Tensor(256, 64, 64), {}
     for precision in ("fp32", "tf32", "fp16"):
         op = conv_norm_activation(spec, 256, kernel=3, precision=Precision(precision))
-        with real_profiler(batch=16).prepare(model_of([op])) as session:
+        with profiler.prepare(model_of([op])) as session:
             us[precision] = float(np.median(session.block(GPU_PROTOCOL)[:, 0]))
     assert us["fp16"] < us["tf32"] < us["fp32"]
 
