@@ -114,7 +114,6 @@ def _built_for(
             **_engine(f"model{PLAN}", len(engine.plan), targets, job.request.batch),
             "kernels": len(engine.kernels),
             "integer_kernels": sum("Int8" in kernel.inputs for kernel in engine.kernels),
-            "fp8_kernels": sum("FP8" in kernel.inputs for kernel in engine.kernels),
         },
         "measured": None,
         "latency": f"not measured: built for {', '.join(targets)}, on no card",
