@@ -104,7 +104,7 @@ def _built_for(
     model = emit(ops, found.network.parameters_for_graph(), TENSORRT)
     engine = build(model, batch=job.request.batch, targets=targets)
     if wrong := wrong_kernels(ops, engine.kernels):
-        raise HwnasError(f"{version()} does not run this network on integers: {wrong}.")
+        raise HwnasError(f"{version()} does not run this network as declared: {wrong}.")
     folder.mkdir(parents=True, exist_ok=True)
     files = {MODEL: model.SerializeToString(), f"model{PLAN}": engine.plan}
     for name, content in files.items():

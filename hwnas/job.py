@@ -473,6 +473,7 @@ def _probe_ms(job: Job) -> tuple[float, float]:
     """The latency of the space's smallest and largest network by MACs, timed once, in ms: what a
     user can be told before a table is there.
     """
+    check_kernels(job.space.lattice.ops, job.profiler.runtime)
     found = reachable(job.space, job.cost("macs"))
     times = []
     for architecture in (found.cheapest, found.dearest):

@@ -1,6 +1,7 @@
 """The fixed recipe that trains one network: quantisation-aware where the network is quantised."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from hwnas.training import Checkpoint, Teacher, train_steps
 from hwnas.weights import damaged, load_state, save_state
 from profilers.build import Progress
 from profilers.modules import Network
+from quant.layers import Fp8Cast
 
 
 def retrain(
@@ -29,8 +31,8 @@ def retrain(
     label: str = "retraining",
     teacher: Teacher | None = None,
 ) -> None:
-    """Train a network's own weights on TRAIN, then set its batch norms to the cumulative mean
-    over the first images of TRAIN; the network is left in inference mode. Goes on from
+    """Train a network's own weights on TRAIN, then set its batch norms, and its fp8 ranges, by the
+    first images of TRAIN (`recalibrate`); the network is left in inference mode. Goes on from
     `checkpoint`, where one is named and there. The teacher, where there is one, has to answer
     alike before and after a stop.
     """
@@ -71,7 +73,9 @@ def in_float(network: Network, splits: Splits, *, recalibration_images: int = 20
 def recalibrate(
     network: Network, splits: Splits, *, images: int = 2048, batch: int | None = None
 ) -> None:
-    """Set the running statistics of every batch norm to the cumulative mean over TRAIN images."""
+    """Set the running statistics of every batch norm to the cumulative mean over TRAIN images, then
+    the ranges of what is cast to fp8 to the largest values of the same images.
+    """
     where = placement_of(network)
     norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     for norm in norms:
@@ -79,12 +83,35 @@ def recalibrate(
     network.train()
     with where.scoring():
         placed = PlacedImages(splits.train.first(images), where)
-        batches = in_order(placed, batch or evaluation_batch(splits.train), whole=True)
-        for count, (x, _) in enumerate(batches, start=1):
+        size = batch or evaluation_batch(splits.train)
+        for count, (x, _) in enumerate(in_order(placed, size, whole=True), start=1):
             for norm in norms:
                 norm.momentum = 1 / count  # None would mean the same, read from the device
             network(x)
-    network.eval()
+        network.eval()
+        _set_ranges(network, (x for x, _ in in_order(placed, size, whole=True)))
+
+
+def _set_ranges(network: Network, batches: Iterable[Tensor]) -> None:
+    """Set the range of whatever a network in inference mode casts to fp8, to the largest magnitude
+    that it has on the batches.
+    """
+    casts = [module for module in network.modules() if isinstance(module, Fp8Cast)]
+    if not casts:
+        return
+
+    def see(cast: Fp8Cast, given: tuple[Tensor]) -> None:
+        cast.see(given[0])
+
+    hooks = [cast.register_forward_pre_hook(see) for cast in casts]
+    try:
+        for cast in casts:
+            cast.limit = None
+        for x in batches:
+            network(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def accuracy(network: Network, splits: Splits, *, batch: int | None = None) -> float:

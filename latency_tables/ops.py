@@ -216,6 +216,14 @@ class OpSpec:
         return frozenset(entering) | {index for index in integer.quantisers if index >= first}
 
     @cached_property
+    def scaled(self) -> frozenset[int]:
+        """The values that this op turns into codes with a scale, by value index: those that it
+        quantises, or casts to fp8.
+        """
+        casts = self.casts if self.precision.is_fp8 else frozenset()
+        return frozenset(self.quantisers) | casts
+
+    @cached_property
     def output(self) -> Tensor:
         """What the op hands on."""
         return self.values[-1]
@@ -297,13 +305,17 @@ class OpSpec:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Bytes of the shipped weights: codes, per-channel scales and biases, norm folded."""
+        """Bytes of the shipped weights: codes, scales and biases, norm folded; fp8 has one scale
+        for a tensor, and its norm's factors for its channels.
+        """
         count = 0
-        for shape in self.weight_shapes.values():
+        for index, shape in self.weight_shapes.items():
             weights, channels = math.prod(shape), shape[0]
             count += -(-weights * self.precision.weight_bits // 8) + 4 * channels
             if self.precision.is_integer:  # weight scale and bias scale
                 count += 8 * channels
+            elif self.precision.is_fp8:
+                count += 4 + (4 * channels if self.layers[index].norm else 0)
         return count
 
     @cached_property

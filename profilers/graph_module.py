@@ -17,15 +17,23 @@ from torch.nn import functional
 
 from profilers.graphs import OUTPUT
 from quant.errors import InvalidInput
+from quant.precision import FP8_TOP
 
-_TYPES = {
+_TYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.FLOAT16: torch.float16,
     TensorProto.BFLOAT16: torch.bfloat16,
+    TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn,
     TensorProto.INT8: torch.int8,
     TensorProto.INT32: torch.int32,
     TensorProto.INT64: torch.int64,
 }
+
+_BITS: dict[int, type[np.signedinteger]] = {
+    TensorProto.BFLOAT16: np.int16,
+    TensorProto.FLOAT8E4M3FN: np.int8,
+}
+"""What holds the bits of a type that NumPy lacks."""
 
 Attributes = Mapping[str, Any]
 
@@ -103,8 +111,8 @@ def _nodes(nodes: Sequence[onnx.NodeProto], shapes: Mapping[str, list[int]]) -> 
 def _tensor(item: TensorProto) -> Tensor:
     """An initialiser in its own type."""
     values = numpy_helper.to_array(item)
-    if item.data_type == TensorProto.BFLOAT16:
-        return torch.from_numpy(values.view(np.int16).copy()).view(torch.bfloat16)
+    if (bits := _BITS.get(item.data_type)) is not None:
+        return torch.from_numpy(values.view(bits).copy()).view(_TYPES[item.data_type])
     held = torch.from_numpy(np.array(values))
     return held.contiguous(memory_format=torch.channels_last) if held.ndim == 4 else held
 
@@ -115,6 +123,8 @@ def _per_channel(value: Tensor, factor: Tensor) -> Tensor:
 
 
 def _quantise(_: Attributes, value: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    if zero.dtype.is_floating_point:
+        return (value / scale).clamp(-FP8_TOP, FP8_TOP).to(zero.dtype)
     low, high = torch.iinfo(zero.dtype).min, torch.iinfo(zero.dtype).max
     return (value / scale).round().add(zero.float()).clamp(low, high).to(zero.dtype)
 

@@ -27,8 +27,18 @@ from onnx import TensorProto, helper, numpy_helper
 
 from latency_tables.ops import ACTIVATIONS, MOVES, Layer, OpSpec, Tensor
 from quant.errors import InvalidInput
-from quant.integer import Floats, FloatWeights, IntegerWeights, Weights, bias_codes, packed
-from quant.precision import ONNXRUNTIME, TENSORRT, TORCH, Format, Grid, Runtime
+from quant.integer import (
+    E4M3,
+    Floats,
+    FloatWeights,
+    Fp8Weights,
+    IntegerWeights,
+    Weights,
+    bias_codes,
+    fold_fp8,
+    packed,
+)
+from quant.precision import FP8_TOP, ONNXRUNTIME, TENSORRT, TORCH, Format, Grid, Runtime
 
 # Two habits of ONNX Runtime (seen in 1.31.1) would change what runs of a float op between integer
 # ones. Where its quantised input has several readers (a residual block), each gets a
@@ -75,8 +85,8 @@ FLOAT_ISLANDS = ("hard_sigmoid", "hard_swish")
 class OpParameters:
     """The numbers of one op.
 
-    `weights` by layer index; `limits` by value index, the end of each quantised value's range
-    (also that of a quantised input where the op stands first in its graph).
+    `weights` by layer index; `limits` by value index, the end of the range of each value that the
+    op makes codes of (also that of an input of codes where the op stands first in its graph).
     """
 
     weights: dict[int, Weights]
@@ -95,10 +105,13 @@ def random_parameters(op: OpSpec, rng: np.random.Generator) -> OpParameters:
             scale = np.full(len(weight), 3 * deviation / top, np.float32)
             codes = np.clip(np.rint(weight / scale[:, *[None] * (weight.ndim - 1)]), -top, top)
             weights[index] = IntegerWeights(codes.astype(np.int8), scale, bias, top)
+        elif op.precision.is_fp8:
+            factor = np.ones_like(bias) if op.layers[index].norm else None
+            weights[index] = replace(fold_fp8(weight, bias, None), factor=factor)
         else:
             weights[index] = FloatWeights(weight, bias)
-    quantised = [i for i, tensor in enumerate(op.inputs) if tensor.format.is_quantised]
-    return OpParameters(weights, dict.fromkeys((*op.quantisers, *quantised), 4.0))
+    codes_in = [i for i, tensor in enumerate(op.inputs) if tensor.format.has_scale]
+    return OpParameters(weights, dict.fromkeys((*op.scaled, *codes_in), 4.0))
 
 
 def emit(
@@ -292,10 +305,9 @@ class _Writer:
         shape: list[int | str | None] = ["batch", tensor.channels, tensor.height, tensor.width]
         kind = self.tensor_type(tensor.format)
         self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
-        if not tensor.format.is_quantised:
+        if not tensor.format.has_scale:
             return name
-        grid = self.runtime.grid(tensor.format.bits, signed=tensor.format.signed)
-        return self.codes(name, parameters.limits[index], grid)
+        return self.codes_of(name, parameters.limits[index], tensor.format)
 
     def graph_output(self, value: str | _Codes, op: OpSpec) -> None:
         tensor = op.output
@@ -322,7 +334,7 @@ class _Writer:
             label = f"{name}.{index}.{layer.role or layer.function or layer.kind}"
             sources = [values[i] for i in layer.inputs]
             output = self.layer(label, op, index, sources, parameters.weights.get(index))
-            if position in op.quantisers:
+            if position in op.scaled:
                 whose = name if position == handed_on else f"{label}.codes"
                 value = self.as_float(output)
                 output = self.quantise(f"{label}.codes", value, op, parameters, position, whose)
@@ -412,7 +424,7 @@ class _Writer:
         kind, attributes = ONNX_ACTIVATIONS[function]
         return self.node(kind, label, [value], **attributes)
 
-    def weights(self, label: str, weights: Weights, source: str | _Codes) -> tuple[str, str]:
+    def weights(self, label: str, weights: Weights, source: str | _Codes) -> tuple[str, ...]:
         """The weight and bias inputs of a convolution or linear layer."""
         if isinstance(weights, FloatWeights):
             return (
@@ -420,6 +432,7 @@ class _Writer:
                 self.constant(f"{label}.bias", weights.bias.astype(np.float32)),
             )
         assert isinstance(source, _Codes), "integer weights need a quantised input"
+        assert isinstance(weights, IntegerWeights)
         bias, weights = bias_codes(weights, source.step)
         scale, zero = weights.kernel_scale, np.zeros(len(bias))
         grid = np.float32(source.step) * scale
@@ -470,9 +483,9 @@ class _Writer:
     def dequantise(
         self,
         label: str,
-        codes: np.ndarray[tuple[int, ...], np.dtype[np.integer]],
+        codes: np.ndarray[tuple[int, ...], np.dtype[Any]],
         scale: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
-        zero: np.ndarray[tuple[int, ...], np.dtype[np.integer]],
+        zero: np.ndarray[tuple[int, ...], np.dtype[Any]],
     ) -> str:
         return self.dequantised(label, self.constant(f"{label}.codes", codes), scale, zero)
 
@@ -481,7 +494,7 @@ class _Writer:
         label: str,
         codes: str,
         scale: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
-        zero: np.ndarray[tuple[int, ...], np.dtype[np.integer]],
+        zero: np.ndarray[tuple[int, ...], np.dtype[Any]],
     ) -> str:
         """The values of codes that are there already."""
         inputs = [
@@ -557,6 +570,10 @@ class _Writer:
         top = self.constant(f"{label}.top", np.uint8(grid.high - grid.low))
         self.node("Clip", label, [wide, "", top])
 
+    def codes_of(self, name: str, limit: float, format_: Format) -> _Codes:
+        """What turns the codes of a format into values."""
+        return self.codes(name, limit, self.runtime.grid(format_.bits, signed=format_.signed))
+
     def codes(self, name: str, limit: float, grid: Grid) -> _Codes:
         step = float(np.float32(limit) / np.float32(grid.top))
         scale = self.constant(f"{name}.scale", np.float32(step))
@@ -595,6 +612,9 @@ class _TensorRTWriter(_Writer):
     its type, and a Cast where a value of another type comes in; quantisers work in fp32. tf32 is an
     fp32 graph, which the builder of the engine is told to run so. The runtime keeps every operator
     in the precision that is written, so nothing keeps its rewriting away.
+
+    What an fp8 op casts is codes of e4m3, handed on as such: a value of one scale like any codes.
+    Its kernels multiply tensors of one scale each, so a norm is a product and a sum behind them.
     """
 
     opset = 22  # the first whose Conv takes bf16
@@ -620,13 +640,32 @@ class _TensorRTWriter(_Writer):
         if index not in op.quantisers and op.precision.is_integer:
             return value
         held = op.inputs[index].format
-        given = TensorProto.FLOAT if held.is_quantised else self.tensor_type(held)
+        if op.precision.is_fp8 and index not in op.casts:
+            return value
+        given = TensorProto.FLOAT if held.has_scale else self.tensor_type(held)
         value = self.as_float(value)
         if given != self.float_type:
             value = self.node("Cast", label, [value], to=self.float_type)
-        if index in op.quantisers:
+        if index in op.scaled:
             return self.quantise(f"{label}.codes", value, op, parameters, index)
         return value
+
+    def layer(
+        self,
+        label: str,
+        op: OpSpec,
+        index: int,
+        sources: list[str | _Codes],
+        weights: Weights | None,
+    ) -> str | _Codes:
+        value = super().layer(label, op, index, sources, weights)
+        if not isinstance(weights, Fp8Weights) or weights.factor is None:
+            return value
+        shape = (-1, *[1] * (weights.codes.ndim - 2))
+        factor = self.constant(f"{label}.factor", weights.factor.reshape(shape))
+        bias = self.constant(f"{label}.bias", weights.bias.reshape(shape))
+        product = self.node("Mul", f"{label}.product", [self.as_float(value), factor])
+        return self.node("Add", f"{label}.sum", [product, bias])
 
     def activation(self, label: str, function: str, source: str | _Codes, op: OpSpec) -> str:
         if function == "hard_swish" and self.float_type == TensorProto.BFLOAT16:
@@ -635,14 +674,43 @@ class _TensorRTWriter(_Writer):
             return self.node("Mul", label, [value, gate])
         return super().activation(label, function, source, op)
 
-    def weights(self, label: str, weights: Weights, source: str | _Codes) -> tuple[str, str]:
+    def weights(self, label: str, weights: Weights, source: str | _Codes) -> tuple[str, ...]:
         if isinstance(weights, FloatWeights):
             return super().weights(label, weights, source)
-        zero = np.zeros(len(weights.scale), np.int8)
-        return (
-            self.dequantise(f"{label}.weight", weights.codes, weights.scale, zero),
-            self.constant(f"{label}.bias", weights.bias),
-        )
+        scale = np.asarray(weights.scale)
+        zero = np.zeros(scale.shape, weights.codes.dtype)
+        weight = self.dequantise(f"{label}.weight", weights.codes, scale, zero)
+        if isinstance(weights, Fp8Weights) and weights.factor is not None:
+            return (weight,)
+        return weight, self.constant(f"{label}.bias", weights.bias)
+
+    def quantise(
+        self,
+        label: str,
+        value: str,
+        op: OpSpec,
+        parameters: OpParameters,
+        index: int,
+        whose: str = "",
+    ) -> _Codes:
+        if index in op.quantisers:
+            return super().quantise(label, value, op, parameters, index, whose)
+        if index not in parameters.limits:
+            raise InvalidInput(
+                f"A value that is cast to fp8 has no range ({label}).",
+                accepted="a network that was retrained, whose ranges are set then",
+                next_step="hwnas retrain",
+            )
+        codes = self.codes_of(whose or label, parameters.limits[index], Format("fp8"))
+        self.node("QuantizeLinear", label, [value, codes.scale, codes.zero_point])
+        return replace(codes, name=label)
+
+    def codes_of(self, name: str, limit: float, format_: Format) -> _Codes:
+        if format_.is_quantised:
+            return super().codes_of(name, limit, format_)
+        step = np.float32(limit) / np.float32(FP8_TOP)
+        zero = self.constant(f"{name}.zero", np.zeros((), E4M3))
+        return _Codes(name, self.constant(f"{name}.scale", step), zero, float(step))
 
     def quantise_low(self, label: str, value: str, codes: _Codes, grid: Grid) -> None:
         ends = [
@@ -664,6 +732,8 @@ class _TensorRTWriter(_Writer):
     def tensor_type(self, format_: Format) -> int:
         if format_.is_quantised:
             return int(TensorProto.INT8)
+        if format_.has_scale:
+            return int(TensorProto.FLOAT8E4M3FN)
         return _FLOAT_TYPES.get(format_.type, int(TensorProto.FLOAT))
 
     def zero_point(self, grid: Grid) -> np.generic:

@@ -4,7 +4,7 @@
 modules here own their weights; the supernet (`hwnas.supernet`) slices shared ones.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -31,19 +31,23 @@ def run_op(
     inputs: Sequence[Tensor],
     weighted: Callable[[int, Layer, Tensor], Tensor],
     quantise: Callable[[int, Tensor, bool], Tensor],
+    casts: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
 ) -> Tensor:
     """The output of an op.
 
     `weighted(index, layer, x)` runs a convolution or linear layer with its norm;
     `quantise(value index, x, relu)` rounds a value that the op quantises, max(x, 0) where `relu`
-    says so. What a float op holds in less than 32 bits is cast here: that takes no parameters.
+    says so. What a float op holds in less than 32 bits is cast by `casts`, by value index, and
+    else here: that takes no parameters.
     Tensors are kept channels-last, in which depthwise layers train about twice as fast.
     """
 
     def rounded(index: int, value: Tensor, *, relu: bool = False) -> Tensor:
         if index in op.quantisers:
             return quantise(index, value, relu)
-        return cast(value, op.precision) if index in op.casts else value
+        if index not in op.casts:
+            return value
+        return casts[index](value) if casts and index in casts else cast(value, op.precision)
 
     values: list[Tensor] = []
     for index, value in enumerate(inputs):
@@ -99,6 +103,7 @@ class OpModule(nn.Module):
         self.weighted = nn.ModuleDict()
         self.norms = nn.ModuleDict()
         self.quantisers = nn.ModuleDict()
+        self.casts = nn.ModuleDict()
         for index, layer in enumerate(op.layers):
             source = op.layer_inputs(index)[0]
             if layer.kind == "conv":
@@ -127,13 +132,17 @@ class OpModule(nn.Module):
                 if op.precision.is_pact
                 else layers.ActivationQuantiser(quantiser.bits, grid)
             )
+        for index in sorted(op.scaled - op.quantisers.keys()):
+            self.casts[str(index)] = layers.Fp8Cast()
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The op's output, (batch, channels, height, width) or logits (batch, classes)."""
-        return run_op(self.op, inputs, self._weighted, self._quantise)
+        return run_op(self.op, inputs, self._weighted, self._quantise, self.fp8_casts)
 
     def parameters_for_graph(self) -> OpParameters:
-        """The folded weights and activation ranges that the emitter writes."""
+        """The folded weights and activation ranges that the emitter writes; of the ranges of what
+        is cast to fp8 those that are set.
+        """
         weights: dict[int, integer.Weights] = {}
         for index, module in self.weighted_layers.items():
             layer, precision = self.op.layers[index], self.layer_precision(index)
@@ -147,10 +156,13 @@ class OpModule(nn.Module):
                 )
             elif precision.is_integer:
                 weights[index] = integer.fold_integer(weight, precision.weight_bits, bias, norm)
+            elif precision.is_fp8:
+                weights[index] = integer.fold_fp8(weight, bias, norm)
             else:
                 weights[index] = integer.fold_float(weight, bias, norm)
         limits = {index: q.limit for index, q in self.activation_quantisers.items()}
-        return OpParameters(weights, limits)
+        casts = {index: limit for index, c in self.fp8_casts.items() if (limit := c.limit)}
+        return OpParameters(weights, limits | casts)
 
     def layer_precision(self, index: int) -> Precision:
         """What the weight of layer `index` is rounded to."""
@@ -178,6 +190,11 @@ class OpModule(nn.Module):
             assert isinstance(module, layers.ActivationQuantiser | layers.PactQuantiser)
             found[int(name)] = module
         return found
+
+    @property
+    def fp8_casts(self) -> dict[int, layers.Fp8Cast]:
+        """What is cast to fp8, by value index."""
+        return _fp8_casts(self.casts)
 
     def set_norm(
         self, index: int, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor
@@ -228,11 +245,14 @@ class FoldedOp(nn.Module):
         super().__init__()
         self.op = module.op
         self.quantisers = module.quantisers
+        self.casts = module.casts
         self.parameters_in_graph = module.parameters_for_graph()
         for index, weights in self.parameters_in_graph.weights.items():
             if isinstance(weights, integer.IntegerWeights):
                 scale = weights.scale.reshape(-1, *[1] * (weights.codes.ndim - 1))
                 weight = torch.from_numpy(weights.codes * scale)
+            elif isinstance(weights, integer.Fp8Weights):
+                weight = torch.from_numpy(weights.values)
             else:
                 weight = torch.from_numpy(weights.weight)
                 weight = cast(weight, self.op.precision) if self.op.precision.is_cast else weight
@@ -241,11 +261,16 @@ class FoldedOp(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The op's output, as `OpModule` has it in inference."""
-        return run_op(self.op, inputs, self._weighted, self._quantise)
+        return run_op(self.op, inputs, self._weighted, self._quantise, _fp8_casts(self.casts))
 
     def _weighted(self, index: int, layer: Layer, value: Tensor) -> Tensor:
         weight, bias = self.get_buffer(f"weight{index}"), self.get_buffer(f"bias{index}")
-        return weighted_layer(layer, value, weight, bias)
+        weights = self.parameters_in_graph.weights[index]
+        if not isinstance(weights, integer.Fp8Weights) or weights.factor is None:
+            return weighted_layer(layer, value, weight, bias)
+        products = weighted_layer(layer, value, weight, None)
+        factor = torch.from_numpy(weights.factor).to(value.device)
+        return products * factor.view(-1, 1, 1) + bias.view(-1, 1, 1)
 
     def _quantise(self, index: int, value: Tensor, relu: bool) -> Tensor:
         result: Tensor = self.quantisers[str(index)](value, relu=relu)
@@ -290,6 +315,14 @@ class Network(nn.Module):
         for module, own, biases in zip(self.op_modules, numbers, rounded, strict=True):
             for index, bias in biases.items():
                 module.shift_bias(index, bias - own.weights[index].bias)
+
+
+def _fp8_casts(casts: nn.ModuleDict) -> dict[int, layers.Fp8Cast]:
+    found = {}
+    for name, module in casts.items():
+        assert isinstance(module, layers.Fp8Cast)
+        found[int(name)] = module
+    return found
 
 
 def _numpy(tensor: Tensor) -> integer.Floats:

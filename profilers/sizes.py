@@ -9,7 +9,7 @@ import numpy as np
 
 from latency_tables.ops import OpSpec
 from profilers.graphs import INPUT, OpParameters, emit
-from quant.integer import FloatWeights, IntegerWeights, Weights
+from quant.integer import E4M3, FloatWeights, Fp8Weights, IntegerWeights, Weights
 from quant.precision import ONNXRUNTIME, Runtime
 
 BASE_BYTES = 136
@@ -43,6 +43,9 @@ def _zeros(op: OpSpec) -> OpParameters:
         if op.precision.is_integer:
             codes, top = np.zeros(shape, np.int8), op.precision.weight_top
             weights[index] = IntegerWeights(codes, bias + 1, bias, top)
+        elif op.precision.is_fp8:
+            factor = bias + 1 if op.layers[index].norm else None
+            weights[index] = Fp8Weights(np.zeros(shape, E4M3), np.float32(1), bias, factor)
         else:
             weights[index] = FloatWeights(np.zeros(shape, np.float32), bias)
     return OpParameters(weights, dict.fromkeys(range(len(op.values)), 1.0))

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 
 from latency_tables.host import Host
 from profilers.base import Array, Profiler, Session, WrongKernels
-from profilers.cuda import CHAINS, Buffer, Cuda, GraphTimer, card, open_cuda
+from profilers.cuda import CHAINS, Buffer, Card, Cuda, GraphTimer, card, open_cuda
 from profilers.graph_module import GraphModule
 from profilers.graphs import read_ops
 from profilers.measure import Protocol, Samples
@@ -37,7 +38,8 @@ from profilers.trt_build import (
     wrong_kernels,
 )
 from quant.errors import HwnasError
-from quant.precision import TENSORRT
+from quant.integer import E4M3
+from quant.precision import FP8_TOP, TENSORRT, Runtime
 
 PLAN = ".plan"
 """The suffix of an engine's file."""
@@ -45,7 +47,10 @@ PLAN = ".plan"
 CHECKED = 2
 """So many images of a batch are held against PyTorch's output."""
 
-TOLERATED = {"fp32": 0.02, "tf32": 0.02, "fp16": 0.1, "bf16": 0.1, "int8": 0.25}
+FP8_CAPABILITY = (8, 9)
+"""The compute capability of the first cards that multiply fp8."""
+
+TOLERATED = {"fp32": 0.02, "tf32": 0.02, "fp16": 0.1, "bf16": 0.1, "fp8": 0.25, "int8": 0.25}
 """How far an engine's output may be from PyTorch's, |difference| / |output| in 2-norms, by the
 kernels of its ops: a wide mesh, which catches what is wrong and lets rounding through."""
 
@@ -156,8 +161,9 @@ class TrtProfiler(Profiler):
     seconds_per_row = 1.0
 
     def __init__(self, *, threads: int = 1, batch: int = 1, portable: bool = False) -> None:
-        super().__init__(threads=threads, batch=batch, portable=portable)
         self._cuda = open_cuda()
+        self.runtime = runtime_on(card())
+        super().__init__(threads=threads, batch=batch, portable=portable)
         package()
         self._plans = tempfile.TemporaryDirectory(prefix="hwnas-plans-")
 
@@ -207,6 +213,14 @@ class TrtProfiler(Profiler):
         return path
 
 
+def runtime_on(gpu: Card) -> Runtime:
+    """TensorRT as a card has it: before compute capability 8.9 there are no fp8 kernels."""
+    if gpu.capability >= FP8_CAPABILITY:
+        return TENSORRT
+    kernels = {name: kernel for name, kernel in TENSORRT.kernels.items() if kernel != "fp8"}
+    return replace(TENSORRT, kernels=kernels)
+
+
 def check_output(session: Session, model: onnx.ModelProto, batch: int) -> None:
     """Raise where a session answers zeros, or otherwise than PyTorch does from the same graph."""
     module, rng = GraphModule(model), np.random.default_rng(0)
@@ -215,7 +229,7 @@ def check_output(session: Session, model: onnx.ModelProto, batch: int) -> None:
         for sides, kind in zip(module.input_sides, module.input_types, strict=True)
     ]
     with torch.no_grad():
-        few = [torch.from_numpy(each[:CHECKED]) for each in inputs]
+        few = [torch.from_numpy(each[:CHECKED].astype(np.float32)) for each in inputs]
         given = [x.to(kind) for x, kind in zip(few, module.input_types, strict=True)]
         wanted = module(*given).float().numpy()
     found = session.run(*inputs)[:CHECKED].astype(np.float32)
@@ -231,14 +245,16 @@ def check_output(session: Session, model: onnx.ModelProto, batch: int) -> None:
         )
 
 
-_NUMPY = {torch.int8: np.dtype(np.int8)}
-"""The types of inputs that are not floats."""
+_NUMPY = {torch.int8: np.dtype(np.int8), torch.float8_e4m3fn: E4M3}
+"""The types of inputs that are codes."""
 
 
 def random_values(rng: np.random.Generator, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     """Random codes, or floats like pixels, of a type."""
     if np.dtype(dtype) == np.int8:
         return rng.integers(-128, 128, shape, np.int8)
+    if np.dtype(dtype) == E4M3:
+        return rng.uniform(-FP8_TOP, FP8_TOP, shape).astype(E4M3)
     return rng.random(shape, np.float32).astype(dtype)
 
 
@@ -251,6 +267,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "FLOAT": np.dtype(np.float32),
     "HALF": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "FP8": E4M3,
     "INT8": np.dtype(np.int8),
 }
 

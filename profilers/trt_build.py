@@ -18,10 +18,11 @@ from typing import Any
 import onnx
 
 from latency_tables.files import write_atomically
-from latency_tables.ops import OpSpec
+from latency_tables.ops import Layer, OpSpec
 from profilers.cuda import WITHOUT, card, out_of_memory
 from profilers.graphs import read_ops, runs_tf32
 from quant.errors import HwnasError, InvalidInput, MissingDependency
+from quant.precision import TENSORRT
 
 RTX = "tensorrt_rtx"
 OLDEST = {"tensorrt": (10, 13), RTX: (1, 4)}
@@ -203,19 +204,29 @@ def kernels_of(log: str) -> tuple[Kernel, ...]:
 
 
 def wrong_kernels(ops: Sequence[OpSpec], kernels: Sequence[Kernel]) -> str:
-    """The first weighted layer of an integer op that an engine does not run on integers; "" where
-    all do, or the engine does not tell.
+    """The first weighted layer of an integer or fp8 op that an engine does not run on such codes,
+    though there are kernels for it; "" where there is none, or the engine does not tell.
     """
     for number, op in enumerate(ops):
+        codes = TENSORRT.kernel(op.precision)
         for index, layer in enumerate(op.layers):
-            if not (op.precision.is_integer and layer.has_weights):
+            if not (layer.has_weights and _has_kernels(codes, layer)):
                 continue
             kind = "Gemm" if layer.kind == "linear" else "Conv"
             node = f"op{number:03d}.{index}.{layer.role or layer.function or layer.kind}.{kind}"
             mine = [kernel for kernel in kernels if kernel.name.startswith(node)]
-            if mine and not any("int8" in held.lower() for k in mine for held in k.inputs):
+            if mine and not any(codes in held.lower() for k in mine for held in k.inputs):
                 return f"{node} takes {', '.join(mine[0].inputs)}"
     return ""
+
+
+def _has_kernels(codes: str, layer: Layer) -> bool:
+    """Whether every card that has the codes multiplies those of a layer.
+
+    Windows over 5 x 5, and convolutions in groups, have no fp8 kernels everywhere: there they run
+    on the floats that the codes stand for, which changes no value and is timed as it is.
+    """
+    return codes == "int8" or (codes == "fp8" and layer.kernel <= 5 and layer.groups == 1)
 
 
 # ---- what the runtime says
@@ -249,7 +260,7 @@ def refusal(what: str) -> HwnasError:
     if lacking := re.search(r"Cannot compile .*?(?=\. In |$)", said, re.DOTALL):
         return InvalidInput(
             f"{version()} has no kernels for this graph on the target: {_shortened(lacking[0])}.",
-            accepted="sm80 or newer for bf16, fp32 and w8a8; sm75 for fp16",
+            accepted="sm89 or newer for fp8; sm80 or newer for bf16, fp32 and w8a8; sm75 for fp16",
             next_step="name another --compute-capability, or search other precisions",
         )
     if re.search(r"CHECK\(dtype|cannot be quantized by input", said):

@@ -22,16 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from quant.kernels import Kernel, is_apart
-from quant.precision import Grid, Precision, weight_top
-
-LEAST_SCALE = 1e-10
-"""The smallest scale; a channel of zeros stays zeros."""
+from quant.precision import FP8_TOP, LEAST_SCALE, Grid, Precision, weight_top
 
 SHORT_FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 """The types that values are cast through without a scale."""
-
-FP8_TOP = 448.0
-"""The largest finite value of e4m3."""
 
 _TINY = float(torch.finfo(torch.float32).tiny)
 _BELOW = 1 - 2**-22
@@ -153,26 +147,35 @@ class LearnedRange(nn.Module):
 # ---- floats
 
 
-def cast(value: Tensor, precision: Precision) -> Tensor:
+def cast(value: Tensor, precision: Precision, limit: Tensor | None = None) -> Tensor:
     """Values rounded to fp16, bf16 or fp8, held in the type they came in; the gradient passes
     straight through.
 
-    fp8 is e4m3 with one scale for the tensor, max|x| / 448. So an activation's scale follows the
-    batch at hand.
+    fp8 is e4m3 with one scale for the tensor, limit / 448, and saturates there. Without a limit, or
+    with one that is NaN, max|x| is in its place: an activation's scale follows the batch at hand.
 
     >>> cast(torch.tensor([1.0, 1 / 3]), Precision("fp8"))
     tensor([1.0000, 0.3214])
+    >>> cast(torch.tensor([1.0, 1 / 3]), Precision("fp8"), torch.tensor(0.5))
+    tensor([0.5000, 0.3214])
     """
     with torch.no_grad():
         if precision.name == "fp8":
             held = value if _is_dense(value) else value.contiguous()
-            low, high = torch.aminmax(held)
-            largest = torch.maximum(-low, high).float().clamp_(min=LEAST_SCALE)
+            largest = largest_magnitude(held)
+            if limit is not None:
+                largest = torch.where(limit.isnan(), largest, limit)
             scale = _quotient(largest, FP8_TOP)
             rounded = _in_fp8(_flat(held), scale).as_strided(held.size(), held.stride())
         else:  # not compiled, for a compiler leaves out a cast and the cast back
             rounded = value.to(SHORT_FLOATS[precision.name]).to(value.dtype)
     return _straight(value, rounded)
+
+
+def largest_magnitude(value: Tensor) -> Tensor:
+    """max|x|, in fp32, and no less than the smallest scale."""
+    low, high = torch.aminmax(value)
+    return torch.maximum(-low, high).float().clamp_(min=LEAST_SCALE)
 
 
 # ---- gradients
@@ -202,7 +205,7 @@ def _on_grid(value: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | f
 
 @Kernel
 def _in_fp8(value: Tensor, scale: Tensor) -> Tensor:
-    rounded = (value.float() / scale).to(torch.float8_e4m3fn)
+    rounded = (value.float() / scale).clamp_(-FP8_TOP, FP8_TOP).to(torch.float8_e4m3fn)
     return rounded.to(scale.dtype).mul_(scale).to(value.dtype)
 
 

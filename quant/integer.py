@@ -1,14 +1,19 @@
-"""From a trained layer to an integer kernel: codes, scales and the bias grid. NumPy only."""
+"""From a trained layer to a kernel: codes, scales and the bias grid. NumPy only."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from quant.errors import InvalidInput
-from quant.precision import weight_top
+from quant.precision import FP8_TOP, LEAST_SCALE, weight_top
 
 Floats = npt.NDArray[np.float32]
+
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+"""NumPy's type of an fp8 code."""
 
 _BIAS_TOP = 2**30
 """The largest bias code: half of 32 bits, so that the products added to it have the other half."""
@@ -82,7 +87,28 @@ class IntegerWeights:
         return scale
 
 
-Weights = FloatWeights | IntegerWeights
+@dataclass(frozen=True)
+class Fp8Weights:
+    """The weight of an fp8 kernel: codes (out, in, ...) e4m3, value = code * scale, one scale for
+    the tensor, as fp8 kernels multiply.
+
+    What the layer then adds is a bias (out,). A norm is not folded into the codes, which would be
+    others: it multiplies each channel of the products by `factor` (out,).
+    """
+
+    codes: npt.NDArray[Any]
+    scale: np.float32
+    bias: Floats
+    factor: Floats | None = None
+
+    @property
+    def values(self) -> Floats:
+        """The weight (out, in, ...), its norm left out."""
+        values: Floats = self.codes.astype(np.float32) * self.scale
+        return values
+
+
+Weights = FloatWeights | IntegerWeights | Fp8Weights
 
 
 def fold_float(weight: Floats, bias: Floats | None, norm: Norm | None) -> FloatWeights:
@@ -100,6 +126,22 @@ def fold_float(weight: Floats, bias: Floats | None, norm: Norm | None) -> FloatW
     factor = norm.factor
     folded = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
     return FloatWeights(folded, norm.beta + (bias - norm.mean) * factor)
+
+
+def fold_fp8(weight: Floats, bias: Floats | None, norm: Norm | None) -> Fp8Weights:
+    """Round a weight to fp8 as it was trained, with the scale max|w| / 448 (half to even), and
+    keep a batch norm beside it.
+
+    >>> folded = fold_fp8(np.array([[1, 1 / 3]], np.float32), None, None)
+    >>> folded.codes.astype(float).tolist(), folded.bias.tolist(), folded.factor
+    ([[448.0, 144.0]], [0.0], None)
+    """
+    scale = np.maximum(np.abs(weight).max(), np.float32(LEAST_SCALE)) / np.float32(FP8_TOP)
+    codes = (weight / scale).astype(E4M3)
+    bias = np.zeros(len(weight), np.float32) if bias is None else bias
+    if norm is None:
+        return Fp8Weights(codes, scale, bias)
+    return Fp8Weights(codes, scale, norm.beta + (bias - norm.mean) * norm.factor, norm.factor)
 
 
 def fold_integer(

@@ -3,6 +3,7 @@
 The only file that names Brevitas classes.
 """
 
+import math
 import os
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from quant.fakequant import LearnedRange, round_weight
+from quant.fakequant import LearnedRange, cast, largest_magnitude, round_weight
 from quant.precision import Grid, Precision
 
 os.environ.setdefault(
@@ -172,6 +173,44 @@ class ActivationQuantiser(nn.Module):
         floats = value.float()
         result: torch.Tensor = self.quantiser(functional.relu(floats) if relu else floats)
         return result.to(value.dtype)
+
+
+class Fp8Cast(nn.Module):
+    """Rounds activations to fp8 with one scale for a tensor (`quant.fakequant.cast`).
+
+    An engine needs a scale before it sees a value, so the end of the range is set once, from what
+    `see` is shown; values beyond it saturate. Until then, and in training, it is the largest of the
+    values at hand.
+    """
+
+    largest: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("largest", torch.tensor(math.nan))
+
+    @property
+    def limit(self) -> float | None:
+        """The end of the range, None where it is not set."""
+        limit = float(self.largest)
+        return None if math.isnan(limit) else limit
+
+    @limit.setter
+    def limit(self, limit: float | None) -> None:
+        self.largest.fill_(math.nan if limit is None else limit)
+
+    def see(self, value: torch.Tensor) -> None:
+        """Widen the range to hold the values; no value is read back from their device."""
+        self.largest.copy_(torch.fmax(self.largest, largest_magnitude(value)))
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """The values, rounded."""
+        return cast(value, Precision("fp8"), None if self.training else self.largest)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """States of before there were ranges have none."""
+        state_dict.setdefault(f"{prefix}largest", torch.tensor(math.nan))
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 def write_qcdq(module: nn.Module, images: torch.Tensor, path: Path) -> None:

@@ -12,6 +12,12 @@ from quant.errors import InvalidInput
 FLOATS = {"fp32": 32, "tf32": 32, "fp16": 16, "bf16": 16, "fp8": 8}
 """Float precisions and the bits that each value takes in memory."""
 
+FP8_TOP = 448.0
+"""The largest finite value of e4m3, which fp8 stands for."""
+
+LEAST_SCALE = 1e-10
+"""The smallest scale; a channel of zeros stays zeros."""
+
 _INTEGER = re.compile(r"(?:w([2-8])|pact-w([1-8]))a([2-8])")
 _ACCEPTED = f"{', '.join(FLOATS)}, w<2-8>a<2-8> such as w8a8, or pact-w<1-8>a<2-8>"
 
@@ -57,6 +63,11 @@ w<2-8>a<2-8> such as w8a8, or pact-w<1-8>a<2-8>.
     def is_cast(self) -> bool:
         """Whether values are floats that take less than 32 bits in memory."""
         return FLOATS.get(self.name, 32) < 32
+
+    @cached_property
+    def is_fp8(self) -> bool:
+        """Whether values are e4m3 codes, each tensor's with a scale."""
+        return self.name == "fp8"
 
     @cached_property
     def weight_bits(self) -> int:
@@ -125,6 +136,15 @@ class Format:
     def is_quantised(self) -> bool:
         """Whether values are integer codes with a scale."""
         return self.type not in FLOATS
+
+    @cached_property
+    def has_scale(self) -> bool:
+        """Whether values are codes with a scale, integers or fp8.
+
+        >>> [Format(name).has_scale for name in ("a8", "fp8", "fp16")]
+        [True, True, False]
+        """
+        return self.is_quantised or self.type == "fp8"
 
     @cached_property
     def bits(self) -> int:
@@ -226,7 +246,7 @@ ONNXRUNTIME = Runtime(
 )
 TENSORRT = Runtime(
     "tensorrt",
-    {"fp32": "fp32", "tf32": "tf32", "fp16": "fp16", "bf16": "bf16", "w<2-8>a<2-8>": "int8"},
+    {name: name for name in FLOATS} | {"w<2-8>a<2-8>": "int8"},
     unsigned_activations=False,
 )
 TORCH = Runtime(

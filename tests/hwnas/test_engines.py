@@ -396,7 +396,7 @@ def test_an_engine_that_runs_integers_as_floats_is_not_shipped(
     monkeypatch.setattr(hwnas.engines, "build", as_floats)
     answer = hwnas_in(folder, *SM89, "--json")
     assert answer.code == 1
-    assert "does not run this network on integers" in answer.content["error"]["what"]
+    assert "does not run this network as declared" in answer.content["error"]["what"]
     assert files_of(result_in(folder)) == files
 
 

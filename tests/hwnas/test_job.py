@@ -87,6 +87,21 @@ def unmeasured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     return job_in(tmp_path)
 
 
+def test_a_precision_that_the_device_lacks_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the smallest and the largest network, which are timed to tell how long it takes, lack
+    it themselves: the first of equal networks by MACs has the first precision."""
+    job = job_in(tmp_path, space="mobile-tiny", data="none:10", precisions=["fp32", "fp8"])
+    found = reachable(job.space, job.cost("macs"))
+    for architecture in (found.cheapest, found.dearest):
+        assert {op.precision.name for op in job.space.lower(architecture)} == {"fp32"}
+    monkeypatch.setattr(job.profiler, "prepare", lambda _: pytest.fail("something was timed"))
+    for stage in (plan, hwnas.job.profile):
+        with pytest.raises(InvalidInput, match="no kernel for fp8"):
+            stage(job)
+
+
 # ---- limits
 
 

@@ -30,6 +30,7 @@ from hwnas.supernet.network import Supernet
 from hwnas.training import Teacher
 from profilers.modules import Network
 from quant.errors import InvalidInput
+from quant.layers import Fp8Cast
 
 RECIPE = TrainingRecipe(steps=80, batch=32, learning_rate=0.04)
 PRECISIONS = ("fp32", "w8a8")
@@ -463,7 +464,7 @@ def test_recalibrating_on_several_batches_is_the_mean_of_their_statistics() -> N
         torch.testing.assert_close(running[name], mean, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", [*PRECISIONS, "fp8"])
 def test_recalibrating_moves_no_parameter_and_does_not_depend_on_what_was_there(
     precision: str,
 ) -> None:
@@ -474,6 +475,8 @@ def test_recalibrating_moves_no_parameter_and_does_not_depend_on_what_was_there(
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.fill_(7.0)
             module.running_var.fill_(9.0)
+        elif isinstance(module, Fp8Cast):
+            module.limit = 9.0
     recalibrate(left, data)
     recalibrate(right, data)
     assert all(torch.equal(p, q) for p, q in zip(left.parameters(), parameters, strict=True))
@@ -491,6 +494,62 @@ def test_every_image_of_train_has_the_same_weight_in_the_recalibrated_mean(data:
     seen = norm_inputs(network, [torch.cat([x for x, _ in in_order(data.train.first(896), 128)])])
     expected = next(iter(seen.values()))[0].mean((0, 2, 3))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+# ---- ranges of fp8
+
+
+def test_fp8_ranges_are_the_largest_values_on_the_recalibration_images() -> None:
+    """In inference mode, counted by hooks of the test's own; batch norms are set before."""
+    data = tiny()
+    network = extracted("fp8", data)
+    casts = {n: m for n, m in network.named_modules() if isinstance(m, Fp8Cast)}
+    assert {cast.limit for cast in casts.values()} == {None}
+    seen: dict[str, list[float]] = {name: [] for name in casts}
+    images: dict[str, int] = dict.fromkeys(casts, 0)
+
+    def record(name: str, cast: Fp8Cast, given: tuple[Tensor]) -> None:
+        if not cast.training:
+            seen[name].append(float(given[0].abs().max()))
+            images[name] += len(given[0])
+
+    for name, cast in casts.items():
+        cast.register_forward_pre_hook(partial(record, name))
+    recalibrate(network, data, images=32, batch=8)
+    assert set(images.values()) == {32}
+    assert {name: cast.limit for name, cast in casts.items()} == {
+        n: max(x) for n, x in seen.items()
+    }
+
+
+def test_fp8_ranges_of_one_batch_are_those_that_it_is_cast_by() -> None:
+    """So the network answers that batch as it does without ranges, to the last bit."""
+    data = tiny()
+    network = extracted("fp8", data)
+    recalibrate(network, data, images=48, batch=48)
+    ((x, _),) = in_order(data.train.first(48), 48)
+    with torch.no_grad():
+        ranged = network(x)
+        for module in network.modules():
+            if isinstance(module, Fp8Cast):
+                assert module.limit is not None
+                module.limit = None
+        assert torch.equal(network(x), ranged)
+
+
+def test_retraining_in_fp8_sets_ranges_that_go_with_the_weights(tmp_path: Path) -> None:
+    data = tiny()
+    network, other = extracted("fp8", data), extracted("fp8", data)
+    recipe = TrainingRecipe(steps=3, batch=8, learning_rate=0.01)
+    retrain(network, data, recipe, seed=0, progress=quiet)
+    limits = [each.limits for each in network.parameters_for_graph()]
+    assert all(limits)
+    save_weights(network, tmp_path / "weights.pt")
+    load_weights(other, tmp_path / "weights.pt")
+    assert [each.limits for each in other.parameters_for_graph()] == limits
+    (x, _), *_ = in_order(data.train, 16)
+    with torch.no_grad():
+        assert torch.equal(network(x), other(x))
 
 
 # ---- accuracy and files

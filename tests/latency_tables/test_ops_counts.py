@@ -212,14 +212,16 @@ def test_a_w4a4_block_after_a_w8a8_block_pays_eight_bits_once() -> None:
     [
         ("fp32", 432 * 4 + 16 * 4),
         ("fp16", 432 * 2 + 16 * 4),
+        ("fp8", 432 + 4 + 16 * 8),
         ("w8a8", 432 + 16 * 12),
         ("w4a8", 216 + 16 * 12),
         ("w3a8", 162 + 16 * 12),
     ],
 )
-def test_weight_bytes_are_codes_and_a_bias_and_two_scales_a_channel(
+def test_weight_bytes_are_codes_and_what_turns_them_into_values(
     precision: str, expected: int
 ) -> None:
+    """Of an integer layer a bias and two scales a channel; of an fp8 one the norm's factor too."""
     op = conv_norm_activation(Tensor(3, 8, 8), 16, kernel=3, precision=Precision(precision))
     assert op.weight_bytes == expected
 

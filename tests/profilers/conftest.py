@@ -15,7 +15,7 @@ from torch import nn
 from latency_tables.ops import OpSpec
 from profilers.cuda import Buffer, Card, Cuda, Launch
 from profilers.modules import Network
-from quant.layers import ActivationQuantiser
+from quant.layers import ActivationQuantiser, Fp8Cast
 from quant.precision import ONNXRUNTIME, Runtime
 
 Trained = Callable[..., Network]
@@ -58,13 +58,13 @@ def trained() -> Trained:
                 module.momentum = 1.0
         network.train(settled)
 
-        def cover(quantiser: ActivationQuantiser, values: tuple[torch.Tensor]) -> None:
+        def cover(quantiser: ActivationQuantiser | Fp8Cast, values: tuple[torch.Tensor]) -> None:
             quantiser.limit = 0.98 * float(values[0].abs().max()) + 1e-6
 
         hooks = [
             module.register_forward_pre_hook(cover)
             for module in network.modules()
-            if isinstance(module, ActivationQuantiser)
+            if isinstance(module, ActivationQuantiser | Fp8Cast)
         ]
         with torch.no_grad():
             network(torch.from_numpy(images))

@@ -27,10 +27,10 @@ from profilers.graphs import OpParameters
 from profilers.modules import ACTIVATIONS, Network, OpModule, run_op
 from quant.fakequant import fake_quantise_activation, fake_quantise_weight
 from quant.integer import FloatWeights, IntegerWeights, bias_codes, fold_float
-from quant.layers import ActivationQuantiser, QuantConv2d, QuantLinear
+from quant.layers import ActivationQuantiser, Fp8Cast, QuantConv2d, QuantLinear
 from quant.precision import ONNXRUNTIME, TENSORRT, Format, Precision, Runtime, weight_top
 
-FP32, W8A8, W4A8, W4A4 = map(Precision, ("fp32", "w8a8", "w4a8", "w4a4"))
+FP32, FP8, W8A8, W4A8, W4A4 = map(Precision, ("fp32", "fp8", "w8a8", "w4a8", "w4a4"))
 INPUT = Tensor(8, 6, 6)
 Trained = Callable[..., Network]
 
@@ -104,7 +104,7 @@ def test_shapes_are_those_of_the_op(number: int, precision: Precision) -> None:
         assert tuple(layer.weight.shape) == op.layers[index].weight_shape(into)
 
 
-@pytest.mark.parametrize("precision", [FP32, W8A8], ids=str)
+@pytest.mark.parametrize("precision", [FP32, W8A8, FP8], ids=str)
 def test_a_module_reads_back_from_its_state(precision: Precision) -> None:
     op, x = blocks(precision)[3], torch.from_numpy(images())
     torch.manual_seed(0)
@@ -112,9 +112,73 @@ def test_a_module_reads_back_from_its_state(precision: Precision) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(0.7)
+        for cast in module.fp8_casts.values():
+            cast.limit = 0.5
         assert not torch.equal(module(x), other(x))
         other.load_state_dict(module.state_dict())
         assert torch.equal(module(x), other(x))
+
+
+# ---- ranges of fp8
+
+
+def plainly(module: OpModule, x: torch.Tensor) -> torch.Tensor:
+    """An op's output where every value is cast by the batch's own largest."""
+
+    def weighted(index: int, _: Layer, value: torch.Tensor) -> torch.Tensor:
+        result = module.weighted[str(index)](value)
+        return module.norms[str(index)](result) if str(index) in module.norms else result
+
+    return run_op(module.op, [x], weighted, lambda *_: pytest.fail("fp8 is not quantised"))
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_fp8_without_ranges_takes_them_from_the_batch(number: int) -> None:
+    op = blocks(FP8)[number]
+    module, x = OpModule(op), torch.from_numpy(images(spec=op.inputs[0]))
+    assert set(module.fp8_casts) == op.casts == op.scaled
+    assert module.parameters_for_graph().limits == {}
+    with torch.no_grad():
+        for training in (True, False):
+            module.train(training)
+            assert torch.equal(module(x), plainly(module, x))
+        for cast in module.fp8_casts.values():
+            cast.limit = 0.2
+        assert not torch.equal(module(x), plainly(module, x))
+        assert dict.fromkeys(op.casts, pytest.approx(0.2)) == module.parameters_for_graph().limits
+        module.train()  # in which ranges are the batch's still
+        assert torch.equal(module(x), plainly(module, x))
+
+
+def test_with_ranges_an_image_is_answered_alike_in_every_batch(trained: Trained) -> None:
+    x = torch.from_numpy(images())
+    network = trained([blocks(FP8)[3]], images())
+    with torch.no_grad():
+        whole, alone = network(x), torch.cat([network(each[None]) for each in x])
+        torch.testing.assert_close(alone, whole, rtol=0, atol=1e-6)
+        for cast in network.op_modules[0].fp8_casts.values():
+            cast.limit = None
+        assert (network(x) - torch.cat([network(each[None]) for each in x])).abs().max() > 1e-3
+
+
+def test_what_a_cast_sees_widens_its_range() -> None:
+    cast = Fp8Cast().eval()
+    assert cast.limit is None
+    for value, limit in ((0.0, 1e-10), (-3.0, 3.0), (2.0, 3.0), (4.5, 4.5)):
+        cast.see(torch.tensor([0.0, value]))
+        assert cast.limit == pytest.approx(limit)
+    assert cast(torch.tensor([100.0, -100.0])).tolist() == [4.5, -4.5]
+
+
+def test_a_state_of_before_there_were_ranges_has_none(trained: Trained) -> None:
+    network = trained([blocks(FP8)[3]], images())
+    old = {name: x for name, x in network.state_dict().items() if "casts" not in name}
+    assert len(old) < len(network.state_dict())
+    network.load_state_dict(old)
+    assert network.parameters_for_graph()[0].limits == {}
+    assert "casts" not in " ".join(old)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        network.load_state_dict(dict(list(old.items())[1:]))
 
 
 def test_a_network_is_the_chain_of_its_modules() -> None:

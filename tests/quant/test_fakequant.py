@@ -427,6 +427,17 @@ def test_fp8_is_the_nearest_e4m3_number_under_one_scale_for_the_tensor() -> None
         assert len(np.unique(found)) > 100
 
 
+def test_fp8_with_a_limit_is_the_cast_of_clipped_values_beside_the_limit() -> None:
+    """A tensor whose largest value is the limit has its scale: another way to the same bits."""
+    value, precision = _random(5_000), Precision("fp8")
+    for limit in (0.5, 1.7, 100.0):
+        end = torch.tensor(limit)
+        beside = cast(torch.cat([value.clamp(-limit, limit), end.view(1)]), precision)
+        assert torch.equal(cast(value, precision, end), beside[:-1])
+    unset = torch.tensor(torch.nan)
+    assert torch.equal(cast(value, precision, unset), cast(value, precision))
+
+
 @pytest.mark.parametrize("name", ["fp16", "bf16", "fp8"])
 def test_a_cast_passes_its_gradient_straight_and_leaves_what_it_made(name: str) -> None:
     precision = Precision(name)

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quant.errors import InvalidInput
-from quant.precision import FLOATS, ONNXRUNTIME, TENSORRT, Format, Precision, Runtime, weight_top
+from quant.precision import (
+    FLOATS,
+    ONNXRUNTIME,
+    TENSORRT,
+    TORCH,
+    Format,
+    Precision,
+    Runtime,
+    weight_top,
+)
 
 WIDTHS = range(2, 9)
 INTEGERS = [f"w{w}a{a}" for w, a in itertools.product(WIDTHS, WIDTHS)]
@@ -127,15 +136,21 @@ def test_the_unsigned_grid_of_tensorrt_is_the_upper_half_of_its_signed_one(bits:
 
 def test_a_known_precision_has_the_kernel_that_runs_it() -> None:
     assert ONNXRUNTIME.kernel(Precision("w8a8")) == "int8" == TENSORRT.kernel(Precision("w8a8"))
-    assert TENSORRT.kernel(Precision("bf16")) == "bf16"
+    assert [TENSORRT.kernel(Precision(name)) for name in FLOATS] == list(FLOATS)
 
 
-@pytest.mark.parametrize("runtime", [ONNXRUNTIME, TENSORRT], ids=lambda r: r.name)
-def test_a_precision_without_a_kernel_is_refused_with_the_runtimes_own(runtime: Runtime) -> None:
+@pytest.mark.parametrize(
+    ("runtime", "name"),
+    [(ONNXRUNTIME, "fp8"), (TENSORRT, "pact-w4a4"), (TORCH, "fp8")],
+    ids=lambda x: str(getattr(x, "name", x)),
+)
+def test_a_precision_without_a_kernel_is_refused_with_the_runtimes_own(
+    runtime: Runtime, name: str
+) -> None:
     with pytest.raises(InvalidInput) as caught:
-        runtime.kernel(Precision("fp8"))
+        runtime.kernel(Precision(name))
     message = str(caught.value)
-    assert "fp8" in message
+    assert name in message
     assert f"Accepted: {', '.join(runtime.kernels)}." in message
 
 

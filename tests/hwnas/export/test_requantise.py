@@ -14,6 +14,7 @@ from hwnas.recipes import TrainingRecipe
 from hwnas.retrain import accuracy, retrain
 from hwnas.spaces.blocks import classifier, conv_norm_activation, inverted_residual
 from latency_tables.ops import OpSpec, Tensor
+from profilers.graph_module import GraphModule
 from profilers.graphs import INPUT, emit
 from profilers.modules import Network
 from profilers.ort_session import session_options
@@ -128,6 +129,25 @@ def test_the_score_is_that_of_the_new_grid(
         assert found.trained_search_val > 0.5
         assert found.search_val == pytest.approx(found.trained_search_val, abs=0.03)
         assert not torch.equal(logits(other, data), logits(network, data))
+
+
+def test_a_network_trained_for_fp8_keeps_its_score_and_its_file_answers_so(data: Splits) -> None:
+    """In TensorRT's graph, run as it is written; a tie may turn an answer."""
+    torch.manual_seed(0)
+    network = Network(chain("fp8"), TENSORRT)
+    recipe = TrainingRecipe(steps=40, batch=24, learning_rate=0.04)
+    retrain(network, data, recipe, seed=0, progress=lambda *_: None, recalibration_images=256)
+    found = rescored(network, TENSORRT, data)
+    assert found.search_val == found.trained_search_val > 0.5
+    assert torch.equal(logits(found.network, data), logits(network, data))
+    file = GraphModule(emit(network.ops, found.network.parameters_for_graph(), TENSORRT))
+    with torch.no_grad():
+        answers = torch.cat([file(x) for x, _ in in_order(data.search_val, 100)]).argmax(1)
+    right = (answers.numpy() == data.search_val.y).mean()
+    assert found.search_val == pytest.approx(right, abs=1.5 / len(answers))
+    for runtime in (ONNXRUNTIME, TORCH):
+        with pytest.raises(InvalidInput, match="no kernel for fp8"):
+            requantised(network, runtime)
 
 
 def test_a_runtime_without_the_kernels_is_refused(networks: dict[str, Network]) -> None:
