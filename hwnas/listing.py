@@ -29,12 +29,14 @@ def devices() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name in DEVICES:
         try:
-            host = open_profiler(name).host()
+            profiler = open_profiler(name)
+            host = profiler.host()
         except InvalidInput as error:
             found.append({"device": name, "usable": False, "about": str(error)})
         else:
             cores = f", {usable_cores()} usable cores" if name == "cpu" else ""
-            about = f"{host.cpu}{cores}, {host.runtime} {host.runtime_version}"
+            layer = f", memory by {profiler.memory_layer}" if profiler.memory_layer else ""
+            about = f"{host.cpu}{cores}, {host.runtime} {host.runtime_version}{layer}"
             found.append({"device": name, "usable": True, "about": about, "flags": host.flags})
     return found
 

@@ -90,6 +90,11 @@ class Profiler(ABC):
         if portable:
             self.runtime = self.runtime.portable
 
+    @property
+    def memory_layer(self) -> str:
+        """Whose memory and streams are in use, where the device has memory of its own."""
+        return ""
+
     @abstractmethod
     def host(self) -> Host:
         """The provenance of what this profiler measures."""

@@ -12,11 +12,12 @@ import atexit
 import ctypes
 import functools
 import importlib
+import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -25,7 +26,7 @@ import numpy.typing as npt
 import torch
 
 from profilers.base import Array
-from profilers.measure import Protocol, Samples, time_replays, uncollected
+from profilers.measure import Protocol, Samples, now_s, time_replays, uncollected
 from quant.errors import HwnasError, InvalidInput, MissingDependency
 
 DRIVER_LIBRARIES = ("libcuda.so.1", "nvcuda.dll")
@@ -74,6 +75,9 @@ class Card:
         return "sm{}{}".format(*self.capability)
 
 
+STILL_WARM = 0.1
+"""The share of a warm-up that a card needs which worked just before."""
+
 CHAINS = (2, 4, 8)
 """On a GPU an op's cost is the slope over chains of so many copies: their ends cost apart."""
 
@@ -94,6 +98,8 @@ class Cuda(ABC):
     name: str
     stream: int
     """The handle of the stream."""
+    worked_until_s: float = -math.inf
+    """When the last block of times ended: a card that rests lowers its clocks."""
 
     _stream: Any
     _before: Any
@@ -324,8 +330,17 @@ class GraphTimer:
             self._replay = cuda.captured(self._many(launch))
 
     def block(self, protocol: Protocol) -> Samples:
-        """One block, (runs, 2), as `time_replays` has it; a replay's copies share its time."""
-        return time_replays(lambda: self._cuda.elapsed_us(self._replay) / self.copies, protocol)
+        """One block, (runs, 2), as `time_replays` has it; a replay's copies share its time.
+
+        The protocol's warm-up is for a card that rested for as long; one that did not gets a
+        `STILL_WARM` part of it.
+        """
+        rested_s = now_s() - self._cuda.worked_until_s
+        if 1000 * rested_s < protocol.warmup_ms:
+            protocol = replace(protocol, warmup_ms=STILL_WARM * protocol.warmup_ms)
+        samples = time_replays(lambda: self._cuda.elapsed_us(self._replay) / self.copies, protocol)
+        self._cuda.worked_until_s = now_s()
+        return samples
 
     def _many(self, launch: Launch) -> Launch:
         def launches() -> None:

@@ -138,6 +138,10 @@ class TorchProfiler(Profiler):
             hostname=platform.node(),
         )
 
+    @property
+    def memory_layer(self) -> str:
+        return open_cuda().name if self.place.type == "cuda" else ""
+
     def compiled(self, model: Path) -> Path:
         if model.suffix == PROGRAM:
             return model

@@ -66,6 +66,17 @@ def test_every_device_is_listed_with_what_it_is_or_why_not(
     assert f"{len(os.sched_getaffinity(0))} usable cores" in cpu["about"]
 
 
+def test_a_device_with_memory_of_its_own_says_whose_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Apart(SimulatedProfiler):
+        memory_layer = "PyCUDA 2026.1"
+
+    monkeypatch.setattr(hwnas.listing, "open_profiler", lambda _name: Apart())
+    for item in listing.devices():
+        assert item["about"].endswith(", memory by PyCUDA 2026.1")
+    monkeypatch.setattr(hwnas.listing, "open_profiler", lambda _name: SimulatedProfiler())
+    assert not any("memory" in item["about"] for item in listing.devices())
+
+
 # ---- spaces
 
 

@@ -22,6 +22,7 @@ import profilers.cuda
 from profilers.cuda import (
     COPIES,
     SHORT_US,
+    STILL_WARM,
     TARGET_US,
     WARM_UPS,
     Buffer,
@@ -525,6 +526,25 @@ def test_a_block_warms_up_as_the_protocol_says_and_lasts_as_long(
     assert warm_us <= spent_us - timed_us < warm_us + replay_us + 1
     wanted_us = max(1000 * GPU_PROTOCOL.block_ms, GPU_PROTOCOL.min_runs * replay_us)
     assert timed_us == pytest.approx(wanted_us, abs=2 * replay_us) or len(samples) == 200
+
+
+def test_a_card_that_just_worked_warms_up_for_a_tenth_and_one_that_rested_in_full(
+    stated_cuda: Any,
+) -> None:
+    timer = timer_of(stated_cuda, 400.0)
+
+    def warm_up_us() -> float:
+        start = stated_cuda.now_us
+        samples = timer.block(GPU_PROTOCOL)
+        return float(stated_cuda.now_us - start - 2 * 400.0 * len(samples))
+
+    full, rest_us = 1000 * GPU_PROTOCOL.warmup_ms, 1000 * GPU_PROTOCOL.warmup_ms
+    found = []
+    for pause_us in (0.0, 0.0, 0.9 * rest_us, 1.1 * rest_us):
+        stated_cuda.now_us += pause_us
+        found.append(warm_up_us())
+    wanted = [full, STILL_WARM * full, STILL_WARM * full, full]
+    assert found == pytest.approx(wanted, abs=2 * 400.0 + 1)
 
 
 def test_memory_is_refused_in_one_sentence(stated_cuda: Any) -> None:
