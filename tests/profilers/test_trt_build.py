@@ -133,7 +133,7 @@ def running(kernels: Sequence[Kernel], node: str) -> list[Kernel]:
 # ---- every op
 
 
-HANDED_ON = {"fp16": "fp16", "bf16": "bf16", "w4a4": "a4"}
+HANDED_ON = {"fp16": "fp16", "bf16": "bf16", "fp8": "fp8", "w4a4": "a4"}
 """What ops of a precision hand on, where w8a8 takes it otherwise than fp32 and its own."""
 
 
@@ -199,6 +199,19 @@ def test_every_structure_of_every_space_is_built_in_its_own_kernels(name: str) -
     for op in chosen:
         model = model_of([op])
         check_kernels(op, model, build(model, targets=CARDS))
+
+
+def test_every_structure_of_every_space_is_built_in_fp8_where_a_card_has_it() -> None:
+    """What is dense and of up to 5 x 5 pixels multiplies fp8, as `wrong_kernels` asks."""
+    ops = {key: op for preset in SPACES for key, op in ops_of(preset, "fp8").items()}
+    seen = 0
+    for op in structures(ops):
+        engine = built([op], ("sm89", "sm120"))
+        assert wrong_kernels([op], engine.kernels) == ""
+        held = {kind for kernel in engine.kernels for kind in kernel.inputs}
+        seen += "FP8" in held
+        assert "FP8" in held or op.precision.name != "fp8" or not weighted_layers([op])
+    assert seen > 30
 
 
 @pytest.mark.slow
