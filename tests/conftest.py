@@ -4,11 +4,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from hwnas.placement import Placement, cuda_fault, placement
+from profilers.cuda import card
+from quant.errors import MissingDependency
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +45,14 @@ def pytest_configure(config: pytest.Config) -> None:
     asked = str(config.option.markexpr)
     if "gpu" not in asked or "not gpu" in asked:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture
+def no_card() -> None:
+    """Skips where there is an NVIDIA GPU: for what is told where there is none."""
+    with suppress(MissingDependency):
+        card()
+        pytest.skip("what is told where there is no NVIDIA driver")
 
 
 @pytest.fixture(scope="session")

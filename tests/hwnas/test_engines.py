@@ -25,13 +25,11 @@ from hwnas.retrain import load_weights
 from hwnas.spaces.registry import load_space
 from latency_tables.host import Host
 from latency_tables.ops import OpSpec
-from profilers.cuda import card
 from profilers.graphs import emit, random_parameters, read_ops
 from profilers.measure import Measurement
 from profilers.modules import Network
 from profilers.ort_session import session_options
 from profilers.trt_build import RTX, Engine, Kernel, build, package, version
-from quant.errors import MissingDependency
 from quant.precision import TENSORRT, Runtime
 
 rtx = pytest.importorskip(
@@ -49,17 +47,6 @@ SM89 = (*EXPORT, "--compute-capability", "sm89")
 Answer = Any  # of conftest.py, as `hwnas_in` gives it
 Commands = Callable[..., Answer]
 Copied = Callable[[Path, str], Path]
-
-
-def has_card() -> bool:
-    try:
-        card()
-    except MissingDependency:
-        return False
-    return True
-
-
-no_card = pytest.mark.skipif(has_card(), reason="what is told where there is no NVIDIA driver")
 
 
 def result_in(folder: Path) -> Path:
@@ -299,7 +286,7 @@ def test_an_unknown_card_is_answered_with_those_accepted(
     assert "sm80, sm86, sm89" in answer.content["error"]["accepted"]
 
 
-@no_card
+@pytest.mark.usefixtures("no_card")
 @pytest.mark.usefixtures("untouched")
 def test_without_a_gpu_and_a_name_the_user_is_told_what_works(
     folder: Path, hwnas_in: Commands

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -34,7 +33,7 @@ def test_an_unknown_device_is_invalid_and_the_known_ones_are_told(device: str) -
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="there is a GPU")
+@pytest.mark.usefixtures("no_card")
 @pytest.mark.parametrize("device", ["gpu", "gpu-torch"])
 def test_a_gpu_that_is_not_there_is_a_missing_dependency_with_what_still_works(
     device: str,

@@ -26,7 +26,7 @@ from hwnas.spaces.blocks import basic_block, inverted_residual, shuffle_unit
 from hwnas.spaces.registry import SPACES, load_space
 from latency_tables.ops import OpSpec, Tensor
 from profilers import trt_build
-from profilers.cuda import Card, card
+from profilers.cuda import Card
 from profilers.graphs import OPS_METADATA, emit, random_parameters
 from profilers.trt_build import (
     RTX,
@@ -74,17 +74,6 @@ BLOCKS: dict[str, Block] = {
 }
 every_block = pytest.mark.parametrize("block", BLOCKS.values(), ids=list(BLOCKS))
 every_precision = pytest.mark.parametrize("name", PRECISIONS)
-
-
-def has_card() -> bool:
-    try:
-        card()
-    except MissingDependency:
-        return False
-    return True
-
-
-no_card = pytest.mark.skipif(has_card(), reason="what is told where there is no NVIDIA driver")
 
 
 def tensor(kind: str = "fp32") -> Tensor:
@@ -626,7 +615,7 @@ def test_what_the_builder_says_decides_what_the_user_is_told(
         assert (said or "it gives no reason") in error.what
 
 
-@no_card
+@pytest.mark.usefixtures("no_card")
 def test_an_engine_for_this_machines_card_needs_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a card that the package does not name, its builder is asked for the one that is here, and
     finds none (cudaError 35)."""
@@ -642,7 +631,7 @@ def test_an_engine_for_this_machines_card_needs_a_driver(monkeypatch: pytest.Mon
         assert caught.value.exit_code == 2
 
 
-@no_card
+@pytest.mark.usefixtures("no_card")
 @pytest.mark.parametrize("whole", [True, False])
 def test_an_engine_is_not_loaded_without_a_driver(whole: bool) -> None:
     plan = built(chain(BLOCKS["basic"], "fp16")).plan if whole else b"no plan"
