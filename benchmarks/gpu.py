@@ -19,10 +19,9 @@ from pathlib import Path
 from scipy import stats
 
 from benchmarks import train_step
-from benchmarks.tables import coverage, networks_of, profiled, timed, under_limits
-from hwnas.calibration import calibration_networks, draw, fitted
+from benchmarks.tables import drawn, profiled, timed, tried, under_limits
+from hwnas.calibration import draw
 from hwnas.job import Job, Request
-from hwnas.quality import SEED, held_against
 from hwnas.spaces.mobile import Stage, mobile
 from latency_tables.ops import total
 from profilers.cuda import card, open_cuda
@@ -108,21 +107,10 @@ def table(device, batch, *, reduced):
                 precisions=runnable(open_profiler(device)), recipe=RECIPE, tables=Path(folder),
             )
         )  # fmt: skip
-        known = calibration_networks(job.space, job.recipe.calibration)
-        chosen = draw(job.space, held_out, seed=SEED, but=set(known))
-        fit_chains, chains = (
-            [list(job.space.lower(architecture)) for architecture in each]
-            for each in (known, chosen)
-        )
+        chosen, fit_chains, chains = drawn(job, held_out)
         figures, rows, calibration, first = profiled(job, fit_chains, chains)
-        second = networks_of(job, rows, chains, timed(job, chains))
-        model = fitted(calibration, job.recipe.calibration)
-        figures |= held_against(model, first, second)
+        model, second = tried(job, rows, calibration, first, chains, figures)
         figures["precisions"] = list(job.request.precisions)
-        figures["coverage_random"] = coverage(
-            [n.observed_us / 1000 for n in first],
-            [model.upper_ms(sum(model.op_cost_us(p, us) for p, us in n.rows)) for n in first],
-        )
         figures["limits"], searched = under_limits(job, rows, model, limits, evaluations)
         raw = {
             "held_out": [asdict(n) | {"again_us": m.latency_us}

@@ -50,21 +50,9 @@ def measure(*, reduced: bool):
     held_out, limits, evaluations = (20, 5, 400) if reduced else (100, 50, 3000)
     with tempfile.TemporaryDirectory() as folder:
         job = Job(Request(space=space, data=data, recipe="standard", tables=Path(folder)))
-        known = calibration_networks(job.space, job.recipe.calibration)
-        chosen = draw(job.space, held_out, seed=SEED, but=set(known))
-        fit_chains, chains = (
-            [list(job.space.lower(architecture)) for architecture in each]
-            for each in (known, chosen)
-        )
+        _, fit_chains, chains = drawn(job, held_out)
         figures, table, calibration, first = profiled(job, fit_chains, chains)
-        second = networks_of(job, table, chains, timed(job, chains))
-        model = fitted(calibration, job.recipe.calibration)
-        figures |= held_against(model, first, second)
-        figures["upper_ratio"] = model.upper_ratio
-        figures["coverage_random"] = coverage(
-            [n.observed_us / 1000 for n in first],
-            [model.upper_ms(additive(model, n)) for n in first],
-        )
+        model, second = tried(job, table, calibration, first, chains, figures)
         figures["ways"] = ways(job, table, calibration, fit_chains, first, chains)
         found, searched = under_limits(job, table, model, limits, evaluations)
         figures["limits"] = found
@@ -78,6 +66,28 @@ def measure(*, reduced: bool):
         del network["rows"]
     figures = {"space": space, **figures}
     return {"figures": figures, "raw": raw_out}
+
+
+def drawn(job, held_out):
+    """Architectures to hold out; the chains of the calibration networks, and theirs."""
+    known = calibration_networks(job.space, job.recipe.calibration)
+    chosen = draw(job.space, held_out, seed=SEED, but=set(known))
+    lowered = [[list(job.space.lower(each)) for each in some] for some in (known, chosen)]
+    return chosen, *lowered
+
+
+def tried(job, table, calibration, first, chains, figures):
+    """The model of the calibration networks, and the held-out ones measured again; what both say
+    goes into the figures.
+    """
+    second = networks_of(job, table, chains, timed(job, chains))
+    model = fitted(calibration, job.recipe.calibration)
+    figures |= held_against(model, first, second)
+    figures["upper_ratio"] = model.upper_ratio
+    figures["coverage_random"] = coverage(
+        [n.observed_us / 1000 for n in first], [model.upper_ms(additive(model, n)) for n in first]
+    )
+    return model, second
 
 
 def profiled(job, fit_chains, chains):
