@@ -16,7 +16,7 @@ from hwnas.files import OWN, graph_name
 from hwnas.job import Job
 from hwnas.retrain import accuracy_on, load_weights
 from hwnas.ship import STEM, is_shipped, shipped_file
-from latency_tables.files import read_object, write_atomically
+from latency_tables.files import read_object, write_bytes
 from profilers.base import Profiler
 from profilers.build import measure_models
 from profilers.cuda import card
@@ -108,7 +108,7 @@ def _built_for(
     folder.mkdir(parents=True, exist_ok=True)
     files = {MODEL: model.SerializeToString(), f"model{PLAN}": engine.plan}
     for name, content in files.items():
-        write_atomically(folder / name, _writer(content))
+        write_bytes(folder / name, content)
     return {
         "engine": {
             **_engine(f"model{PLAN}", len(engine.plan), targets, job.request.batch),
@@ -144,10 +144,6 @@ def _engine(file: str, size: int, targets: Sequence[str], batch: int) -> dict[st
         "compute_capabilities": list(targets),
         "batch": batch,
     }
-
-
-def _writer(content: bytes) -> Any:
-    return lambda temporary: temporary.write_bytes(content)
 
 
 def engine_rows(content: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from latency_tables.files import write_atomically
+from latency_tables.files import write_bytes
 from quant.errors import InvalidInput
 
 
@@ -18,7 +18,7 @@ def save_state(state: dict[str, Any], path: Path) -> None:
     """
     buffer = io.BytesIO()
     torch.save(_on_host(state), buffer)
-    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+    write_bytes(path, buffer.getbuffer())
 
 
 def load_state(path: Path) -> dict[str, Any]:

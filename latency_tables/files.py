@@ -84,6 +84,11 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file of bytes atomically."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; OSError and ValueError are for each caller to put in its words."""
     content = json.loads(path.read_text(encoding="utf-8"))

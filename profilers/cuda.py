@@ -13,6 +13,7 @@ import ctypes
 import functools
 import importlib
 import math
+import platform
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from latency_tables.host import Host
 from profilers.base import Array
 from profilers.measure import Protocol, Samples, now_s, time_replays, uncollected
 from quant.errors import HwnasError, InvalidInput, MissingDependency
@@ -73,6 +75,30 @@ class Card:
         'sm89'
         """
         return "sm{}{}".format(*self.capability)
+
+    def host(
+        self,
+        device: str,
+        runtime: str,
+        version: str,
+        *,
+        threads: int,
+        batch: int,
+        library: str = "",
+    ) -> Host:
+        """The provenance of what a runtime measures on this card; `library` is one whose version
+        counts too.
+        """
+        return Host(
+            device=device,
+            runtime=runtime,
+            runtime_version=version,
+            cpu=self.name,
+            flags=f"{self.sm} driver {self.driver}" + (f" {library}" if library else ""),
+            threads=threads,
+            batch=batch,
+            hostname=platform.node(),
+        )
 
 
 STILL_WARM = 0.1

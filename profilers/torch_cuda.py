@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import logging
-import platform
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
-from latency_tables.files import write_atomically
+from latency_tables.files import write_bytes
 from latency_tables.host import Host
 from latency_tables.ops import OpSpec
 from profilers.base import Array, Profiler, Session
@@ -126,17 +125,10 @@ class TorchProfiler(Profiler):
         self._cuda = _torch_cuda() if self.place.type == "cuda" else None
 
     def host(self) -> Host:
-        gpu = card()
-        return Host(
-            device="gpu-torch",
-            runtime=TORCH.name,
-            runtime_version=torch.__version__,
-            cpu=gpu.name,
-            flags=f"{gpu.sm} driver {gpu.driver} cudnn {cudnn_version()}",
-            threads=self.threads,
-            batch=self.batch,
-            hostname=platform.node(),
-        )
+        return card().host(
+            "gpu-torch", TORCH.name, torch.__version__, threads=self.threads, batch=self.batch,
+            library=f"cudnn {cudnn_version()}",
+        )  # fmt: skip
 
     @property
     def memory_layer(self) -> str:
@@ -179,7 +171,7 @@ def save_program(model: onnx.ModelProto, path: Path, *, batch: int) -> None:
     told = {OPS_METADATA: json.dumps([op.to_json() for op in ops])}
     held = io.BytesIO()
     torch.export.save(program, held, extra_files=told)
-    write_atomically(path, lambda temporary: temporary.write_bytes(held.getbuffer()))
+    write_bytes(path, held.getbuffer())
 
 
 def load_program(path: Path, place: torch.device) -> tuple[nn.Module, list[OpSpec]]:

@@ -7,7 +7,6 @@ answer zeros without a word.
 
 import hashlib
 import os
-import platform
 import re
 import tempfile
 from dataclasses import replace
@@ -168,21 +167,13 @@ class TrtProfiler(Profiler):
         self._plans = tempfile.TemporaryDirectory(prefix="hwnas-plans-")
 
     def host(self) -> Host:
-        gpu, trt = card(), package()
-        return Host(
-            device="gpu",
-            runtime=trt.__name__,
-            runtime_version=trt.__version__,
-            cpu=gpu.name,
-            flags=f"{gpu.sm} driver {gpu.driver}",
-            threads=self.threads,
-            batch=self.batch,
-            hostname=platform.node(),
+        trt = package()
+        return card().host(
+            "gpu", trt.__name__, trt.__version__, threads=self.threads, batch=self.batch
         )
 
     @property
     def memory_layer(self) -> str:
-        """Whose memory, stream and events are in use."""
         return self._cuda.name
 
     def compiled(self, model: Path) -> Path:

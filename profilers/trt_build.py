@@ -17,7 +17,7 @@ from typing import Any
 
 import onnx
 
-from latency_tables.files import write_atomically
+from latency_tables.files import write_bytes
 from latency_tables.ops import Layer, OpSpec
 from profilers.cuda import WITHOUT, card, out_of_memory
 from profilers.graphs import read_ops, runs_tf32
@@ -134,8 +134,7 @@ def build(
     if plan is None:
         raise refusal("builds no engine of this graph")
     if cache is not None and trt.__name__ != RTX:
-        timed = bytes(config.get_timing_cache().serialize())
-        write_atomically(cache, lambda temporary: temporary.write_bytes(timed))
+        write_bytes(cache, bytes(config.get_timing_cache().serialize()))
     return Engine(bytes(plan), kernels_of("\n".join(log.texts())))
 
 

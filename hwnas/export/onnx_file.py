@@ -11,7 +11,7 @@ import torch
 
 from hwnas.batches import evaluation_batch, in_order
 from hwnas.data import Images
-from latency_tables.files import write_atomically
+from latency_tables.files import write_atomically, write_bytes
 from profilers.base import Profiler, Session
 from profilers.graphs import emit
 from profilers.modules import Network
@@ -36,7 +36,7 @@ def write_onnx(network: Network, profiler: Profiler, path: Path) -> onnx.ModelPr
     model = emit(network.ops, network.parameters_for_graph(), profiler.runtime)
     onnx.checker.check_model(model)
     profiler.check(model)
-    write_atomically(path, lambda temporary: temporary.write_bytes(model.SerializeToString()))
+    write_bytes(path, model.SerializeToString())
     return model
 
 
