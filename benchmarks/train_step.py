@@ -1,10 +1,15 @@
 """What do quantisers cost a training step of the supernet?
 
-`mobile-tiny`'s blocks on images of 32 x 32, batches of 64, all threads that PyTorch takes by
-default. Each step draws a path; the same path is trained with random precisions, quantisers
-compiled and uncompiled, and in fp32: forward, backward, clipping and optimiser, on one supernet, in
-turns. The first turns are dropped. A figure is the median over paths of the ratio of a step's
-seconds to those of its fp32 step. `pact` has DoReFa weights and PACT's ranges, `floats` casts.
+`mobile-tiny`'s blocks on images of 32 x 32 and 64 x 64, batches of 64, all threads that PyTorch
+takes by default. Each step draws a path; the same path is trained with random precisions,
+quantisers compiled and uncompiled, and in fp32: forward, backward, clipping and optimiser, on one
+supernet, in turns. The first turns are dropped. A figure is the median over paths of the ratio of a
+step's seconds to those of its fp32 step. `pact` has DoReFa weights and PACT's ranges, `floats`
+casts.
+
+`memory`: steps at random bits on images of 128 x 128, in processes that keep the memory that
+tensors free (`Placement.keep_memory`) and in others that do not, in turns: the ratios of their
+seconds and of the most memory that they had.
 
 `on(device)` asks another question, on any device: what does sharing weights cost? A path's step on
 the supernet, in fp and at random bits, beside the same step of the same network alone (extracted,
@@ -12,18 +17,23 @@ plain modules in fp). Blocks of steps take turns; a block is timed by the device
 is read when all is done, so that nothing waits in between.
 
 Band: with compiled quantisers a step at random bits (absmax weights, LSQ) takes at most 1.15 times
-its fp32 step. Compiled and uncompiled steps leave the same weights, to the last bit.
+its fp32 step, at either size. Compiled and uncompiled steps leave the same weights, to the last
+bit. A process that keeps its memory is no slower.
 """
 
 import os
+import resource
 import time
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
+from multiprocessing import get_context
+from unittest import mock
 
 import numpy as np
 import torch
 
 from hwnas.costs.samplers import UniformSampler
-from hwnas.placement import HOST, placement
+from hwnas.placement import HOST, Placement, placement
 from hwnas.recipes import RECIPES
 from hwnas.spaces.mobile import Stage, mobile
 from hwnas.supernet.network import Supernet
@@ -35,6 +45,11 @@ PRECISIONS = {
     "pact": ("pact-w4a4", "pact-w2a2", "pact-w1a2"),
     "floats": ("fp16", "bf16", "fp8"),
 }
+CASES = {
+    "bits": ("bits", 32), "bits_64px": ("bits", 64), "pact": ("pact", 32), "floats": ("floats", 32),
+}  # fmt: skip
+"""The precisions and the size of each figure."""
+MOST = 1.15
 STAGES = (Stage(1, 1, (16, 32)), Stage(2, 2, (32, 48)), Stage(3, 2, (64, 96)))
 RECIPE = RECIPES["standard"].supernet
 BATCH, DROPPED = 64, 2
@@ -47,7 +62,10 @@ def measure(*, reduced: bool):
     """Steps in turns, for each family of precisions."""
     paths = 12 if reduced else 100
     with switch_kept():
-        raw = {name: steps(precisions, paths) for name, precisions in PRECISIONS.items()}
+        raw = {
+            name: steps(PRECISIONS[family], paths if size == 32 else paths // 3, size)
+            for name, (family, size) in CASES.items()
+        }
     figures = {
         name: {
             **{way: ratio(rows, way) for way in WAYS},
@@ -58,7 +76,35 @@ def measure(*, reduced: bool):
     figures["threads"] = torch.get_num_threads()
     with switch_kept():
         figures["same_weights"] = same_weights(PRECISIONS["bits"], steps=4)
+    raw["memory"] = memory(2 if reduced else 5)
+    turns = list(zip(raw["memory"][::2], raw["memory"][1::2], strict=True))
+    figures["memory"] = {
+        name: float(np.median([kept[name] / left[name] for kept, left in turns]))
+        for name in ("step_s", "most_mb")
+    }
     return {"figures": figures, "raw": raw}
+
+
+def memory(turns, *, steps=10):
+    """Fresh processes in turns: one keeps its memory, the next does not."""
+    rows = []
+    for _ in range(turns):
+        for kept in (True, False):
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                rows.append(pool.submit(large_steps, kept, steps).result())
+    return rows
+
+
+def large_steps(kept, steps):
+    """Steps on large images, and the most memory that this process had."""
+    with nullcontext() if kept else mock.patch.object(Placement, "keep_memory"):
+        trained, rng = Trained(PRECISIONS["bits"], size=128), np.random.default_rng(0)
+    taken = [
+        trained.step(trained.at(UniformSampler(trained.space).sample(rng), rng))
+        for _ in range(DROPPED + steps)
+    ]
+    most_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"kept": kept, "step_s": float(np.median(taken[DROPPED:])), "most_mb": most_mb}
 
 
 def on(device, *, size=32, batch=BATCH, paths=20, steps=20):
@@ -116,9 +162,9 @@ def ratio(rows, way):
     return float(np.median([row[way] / row["fp32"] for row in rows]))
 
 
-def steps(precisions, paths):
+def steps(precisions, paths, size):
     """The seconds of each way of each path."""
-    trained = Trained(precisions)
+    trained = Trained(precisions, size=size)
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(paths + DROPPED):
@@ -230,8 +276,12 @@ def _between_s(start, end):
 def band(figures):
     """What is outside the stated band."""
     complaints = []
-    if figures["bits"]["compiled"] > 1.15:
-        complaints.append(f"a step takes {figures['bits']['compiled']:.2f} times its fp32 step")
+    for name in ("bits", "bits_64px"):
+        times = figures[name]["compiled"]
+        if times > MOST:
+            complaints.append(f"{name}: a step takes {times:.2f} times its fp32 step")
+    if figures["memory"]["step_s"] > 1:
+        complaints.append("a step takes longer where memory is kept")
     if not figures["same_weights"]:
         complaints.append("compiled and uncompiled quantisers train different weights")
     return complaints

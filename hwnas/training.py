@@ -18,7 +18,7 @@ from hwnas.weights import damaged, load_state, save_state
 from profilers.build import Progress
 from profilers.measure import now_s
 from quant.errors import InvalidInput
-from quant.fakequant import LearnedRange
+from quant.ranges import LearnedRange
 
 CHECKPOINT_STEPS = 100
 CHECKPOINT_S = 20.0
@@ -97,6 +97,7 @@ class Training:
         self, module: nn.Module, recipe: TrainingRecipe, teacher: Teacher | None = None
     ) -> None:
         self.where = placement_of(module)
+        self.where.keep_memory()
         self.parameters = list(module.parameters())
         self.optimiser = optimiser_of(module, recipe)
         self.recipe = recipe

@@ -201,6 +201,13 @@ class OpSpec:
         return _quantisers(self, self.values)
 
     @cached_property
+    def rounded_norms(self) -> Mapping[int, tuple[int, bool]]:
+        """The layers whose norm a quantiser follows, at once or after a ReLU that alone reads it:
+        the index of the value that it rounds, and whether the ReLU is there; by layer index.
+        """
+        return _rounded_norms(self)
+
+    @cached_property
     def casts(self) -> frozenset[int]:
         """The values that a float op of less than 32 bits rounds to its type, by value index: each
         input of another type, and of the layers' outputs those that an integer op would quantise.
@@ -547,6 +554,19 @@ def _quantisers(op: OpSpec, values: tuple[Tensor, ...] | list[Tensor]) -> dict[i
         kept = layer.kind in MOVES or index in swallowed
         if not kept and not (index == last and op.logits):
             found[index] = Quantiser(bits, values[index].format.signed)
+    return found
+
+
+def _rounded_norms(op: OpSpec) -> dict[int, tuple[int, bool]]:
+    found, swallowed = {}, _swallowed(op)
+    for index, layer in enumerate(op.layers):
+        position = len(op.inputs) + index
+        if layer.norm and position in op.quantisers:
+            found[index] = (position, False)
+        elif layer.function == "relu" and layer.inputs[0] in swallowed:
+            source = layer.inputs[0] - len(op.inputs)
+            if position in op.quantisers and op.layers[source].norm:
+                found[source] = (position, True)
     return found
 
 

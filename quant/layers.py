@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from quant.fakequant import LearnedRange, cast, largest_magnitude, round_weight
+from quant.fakequant import cast, largest_magnitude, round_weight
 from quant.precision import Grid, Precision
+from quant.ranges import LearnedRange
 
 os.environ.setdefault(
     "BREVITAS_JIT", "0"

@@ -8,8 +8,9 @@ from torch.nn import functional
 
 from latency_tables.ops import NORM_EPSILON, Layer
 from profilers.modules import weighted_layer
-from quant.fakequant import LearnedRange, first_limit, round_weight
+from quant.fakequant import round_weight
 from quant.precision import Precision
+from quant.ranges import LearnedRange, first_limit
 
 Statistics = tuple[Tensor, Tensor]
 """The mean and variance of one batch norm's channels."""
@@ -66,6 +67,15 @@ class ElasticLayer(nn.Module):
             momentum=momentum or 0.0,
             eps=NORM_EPSILON,
         )
+
+    def normalise_and_quantise(
+        self, value: Tensor, layer: Layer, quantiser: LearnedRange, *, relu: bool
+    ) -> Tensor:
+        """The batch norm by the statistics of the batch, and the quantiser behind it, with a ReLU
+        between them where `relu` says so.
+        """
+        gamma, beta = _first(self.gamma, layer.channels), _first(self.bias, layer.channels)
+        return quantiser.after_norm(value, gamma, beta, epsilon=NORM_EPSILON, relu=relu)
 
 
 class _Sliced(torch.autograd.Function):

@@ -43,6 +43,7 @@ class Evaluator:
     ) -> None:
         self.supernet = supernet
         self.where = placement_of(supernet)
+        self.where.keep_memory()
         self._batch = batch or evaluation_batch(splits.train)
         self._recalibration = PlacedImages(splits.train.first(recalibration_images), self.where)
         self._validation = PlacedImages(splits.search_val.first(validation_images), self.where)

@@ -157,6 +157,10 @@ class Supernet(nn.Module):
         momentum: float | None,
         initialise: bool,
     ) -> Tensor:
+        trains = statistics is None and torch.is_grad_enabled()
+        rounded_norms = placed.op.rounded_norms if trains else {}
+        rounded = {position for position, _ in rounded_norms.values()}
+
         def weighted(index: int, layer: Layer, source: Tensor) -> Tensor:
             shared = self._layer(placed, layer)
             precision = self.runtime.layer_precision(
@@ -165,10 +169,16 @@ class Supernet(nn.Module):
             result: Tensor = shared(source, layer, precision)
             if not layer.norm:
                 return result
+            if index in rounded_norms:
+                position, relu = rounded_norms[index]
+                quantiser = self._range(placed, position)
+                return shared.normalise_and_quantise(result, layer, quantiser, relu=relu)
             known = statistics[number, index] if statistics is not None else None
             return shared.normalise(result, layer, known, momentum)
 
         def quantise(index: int, source: Tensor, relu: bool) -> Tensor:
+            if index in rounded:
+                return source
             shared = self._range(placed, index)
             if initialise:
                 shared.initialise(source.relu() if relu else source)

@@ -1,5 +1,8 @@
 """Where weights are trained: how a device is chosen, what it is asked, and what contexts leave."""
 
+import platform
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -207,3 +210,48 @@ def test_training_convolves_in_bf16_and_scoring_in_full_fp32(cuda: Placement) ->
             exact = torch.nn.functional.conv2d(x, weight)
     assert exact.dtype == torch.float32
     assert torch.equal(exact, torch.full_like(exact, 64 + 2.0**-6))
+
+
+# ---- memory
+
+
+FAULTS = """
+import resource
+import torch
+from hwnas.placement import HOST
+keeps = {keeps}
+if keeps:
+    HOST.keep_memory()
+for _ in range(20):
+    torch.ones(20_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(20_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_memory_that_is_kept_is_not_asked_for_again_page_by_page() -> None:
+    """80 MB time and again: some 20,000 pages each time without it, next to none with it."""
+    faults = {
+        keeps: int(
+            subprocess.run(
+                [sys.executable, "-c", FAULTS.format(keeps=keeps)],
+                capture_output=True, text=True, check=True,
+            ).stdout
+        )
+        for keeps in (True, False)
+    }  # fmt: skip
+    assert 10 * faults[True] < faults[False]
+
+
+@pytest.mark.parametrize("fault", [AttributeError, TypeError])
+def test_a_c_library_without_the_option_is_left_alone(
+    fault: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(_: None) -> None:
+        raise fault
+
+    monkeypatch.setattr(hwnas.placement.ctypes, "CDLL", missing)
+    hwnas.placement._keep_freed_memory.__wrapped__()

@@ -27,8 +27,8 @@ from hwnas.training import (
     train_steps,
 )
 from quant.errors import InvalidInput
-from quant.fakequant import LearnedRange
 from quant.precision import Grid
+from quant.ranges import LearnedRange
 
 TRAINING = TrainingRecipe(steps=8, batch=4, learning_rate=0.01, weight_decay=0.5)
 

@@ -177,6 +177,34 @@ def test_codes_that_come_in_are_not_quantised_again() -> None:
     assert _residual("w8a8", "fp16+").quantisers[0] == Quantiser(8, False)
 
 
+@settings(max_examples=200, deadline=None)
+@given(op=ops())
+def test_a_rounded_norm_is_one_whose_very_values_a_quantiser_is_given(op: OpSpec) -> None:
+    """Seen by running the op: which values of layers with a norm arrive at which quantiser."""
+    made: dict[int, int] = {}
+    arrived: dict[int, tuple[int, bool]] = {}
+    kept: list[torch.Tensor] = []
+
+    def weighted(index: int, layer: Layer, value: torch.Tensor) -> torch.Tensor:
+        stated = op.values[len(op.inputs) + index]
+        shape = (2, stated.channels, stated.height, stated.width)
+        kept.append(torch.zeros(shape if layer.kind == "conv" else shape[:2]))
+        if layer.norm:
+            made[id(kept[-1])] = index
+        return kept[-1]
+
+    def quantise(index: int, value: torch.Tensor, relu: bool) -> torch.Tensor:
+        if id(value) in made:
+            arrived[made[id(value)]] = (index, relu)
+        kept.append(value.clone())
+        return kept[-1]
+
+    run_op(
+        op, [torch.zeros(2, t.channels, t.height, t.width) for t in op.inputs], weighted, quantise
+    )
+    assert op.rounded_norms == arrived
+
+
 def test_the_value_before_another_activation_than_relu_is_quantised_too() -> None:
     for activation, sign in [("relu6", "+"), ("hard_swish", "+-"), ("sigmoid", "+")]:
         op = _residual("w8a8", "a8", activation)

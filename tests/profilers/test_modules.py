@@ -25,10 +25,11 @@ from hwnas.spaces.blocks import (
 from latency_tables.ops import Layer, OpBuilder, OpSpec, Tensor
 from profilers.graphs import OpParameters
 from profilers.modules import ACTIVATIONS, Network, OpModule, run_op
-from quant.fakequant import fake_quantise_activation, fake_quantise_weight
+from quant.fakequant import fake_quantise_weight
 from quant.integer import FloatWeights, IntegerWeights, bias_codes, fold_float
 from quant.layers import ActivationQuantiser, Fp8Cast, QuantConv2d, QuantLinear
 from quant.precision import ONNXRUNTIME, TENSORRT, Format, Precision, Runtime, weight_top
+from quant.ranges import fake_quantise_activation
 
 FP32, FP8, W8A8, W4A8, W4A4 = map(Precision, ("fp32", "fp8", "w8a8", "w4a8", "w4a4"))
 INPUT = Tensor(8, 6, 6)

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from hwnas.placement import Placement
-from quant import fakequant, kernels
-from quant.fakequant import cast, fake_quantise_activation
-from quant.kernels import APART_SMALLEST, SMALLEST, Kernel
+from quant import fakequant, kernels, ranges
+from quant.fakequant import cast
+from quant.kernels import APART_SMALLEST, GROUP, SMALLEST, Kernel, Sums
 from quant.precision import ONNXRUNTIME, TENSORRT, Grid, Precision
+from quant.ranges import fake_quantise_activation, normalise_and_quantise
 
-SHAPES = [(4, 32, 17, 19), (300, 128), (SMALLEST,)]
+SHAPES = [(4, 32, 17, 19), (8, 33, 12, 12), (300, 128), (SMALLEST,)]
 GRIDS = [
     runtime.grid(bits, signed=signed)
     for runtime, bits, signed in itertools.product(
@@ -28,11 +29,10 @@ GRIDS = [
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels that were never used, in a process where compiling has not failed."""
     monkeypatch.setattr(Kernel, "possible", True)
-    for name in (
-        "_on_grid", "_lsq_gradients", "_pact_gradients", "_in_fp8",
-        "_lsq_gradients_summed", "_pact_gradients_summed",
-    ):  # fmt: skip
-        monkeypatch.setattr(fakequant, name, Kernel(getattr(fakequant, name).function))
+    for module in (fakequant, ranges):
+        for name, known in vars(module).copy().items():
+            if isinstance(known, Kernel):
+                monkeypatch.setattr(module, name, type(known)(known.function))
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -41,7 +41,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def results(
     shape: tuple[int, ...], grid: Grid, pact: bool, relu: bool, seed: int
 ) -> list[torch.Tensor]:
-    """The rounded values and both gradients; the values have exact zeros, ties and outliers."""
+    """The rounded values and all gradients, and those behind a norm where there are channels; the
+    values have exact zeros, ties and outliers.
+    """
     rng = torch.Generator().manual_seed(seed)
     value = torch.randn(shape, generator=rng) * 2
     flat = value.view(-1)
@@ -51,13 +53,16 @@ def results(
     flat[::101] *= 1000
     if value.ndim == 4:
         value = value.contiguous(memory_format=torch.channels_last)
-    value.requires_grad_()
-    limit = torch.tensor(1.7, requires_grad=True)
-    rounded = fake_quantise_activation(value, limit, grid, pact=pact, relu=relu)
-    rounded.backward(torch.randn(shape, generator=rng))
-    assert value.grad is not None
-    assert limit.grad is not None
-    return [rounded.detach(), value.grad, limit.grad]
+    gradient = torch.randn(shape, generator=rng)
+    given = [value.requires_grad_(), torch.tensor(1.7, requires_grad=True)]
+    rounded = fake_quantise_activation(*given, grid, pact=pact, relu=relu)
+    found = [rounded.detach(), *torch.autograd.grad(rounded, given, gradient)]
+    if value.ndim == 4:
+        norm = [torch.randn(shape[1], generator=rng).requires_grad_() for _ in range(2)]
+        given[1:1] = norm
+        rounded = normalise_and_quantise(*given, grid, epsilon=1e-5, pact=pact, relu=relu)
+        found += [rounded.detach(), *torch.autograd.grad(rounded, given, gradient)]
+    return found
 
 
 @pytest.mark.usefixtures("fresh")
@@ -88,7 +93,9 @@ def test_compiled_quantisers_give_the_same_bits_in_one_graph_each(
         assert torch.equal(*casts), shape
     assert Kernel.possible
     counted = torch._dynamo.utils.counters["stats"]
-    assert counted["unique_graphs"] == 4  # rounding, LSQ's gradients, PACT's, fp8
+    once = 4  # rounding, and behind a norm; through the norm; fp8
+    by_group = 2 * 4  # LSQ's gradients and PACT's, and behind a norm; rows in groups, and in ones
+    assert counted["unique_graphs"] == once + by_group
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
@@ -138,7 +145,7 @@ def test_where_compiling_fails_one_line_says_so_and_results_are_the_same(
 def test_a_process_without_a_compiler_trains_all_the_same(tmp_path: object) -> None:
     program = (
         "import torch\n"
-        "from quant.fakequant import fake_quantise_activation\n"
+        "from quant.ranges import fake_quantise_activation\n"
         "from quant.precision import ONNXRUNTIME\n"
         "x = torch.randn(40000, requires_grad=True)\n"
         "grid = ONNXRUNTIME.grid(4, signed=True)\n"
@@ -194,22 +201,24 @@ def test_the_option_for_exact_quotients_is_passed_where_the_compiler_has_it(
     for known in (True, False):
         monkeypatch.setattr(kernels, "divides", lambda known=known: known)
         _ = Kernel(lambda value: value).compiled
-    assert given == [{kernels.DIVISION: True}, None]
+    assert given == [{kernels.CUTS: 0, kernels.DIVISION: True}, {kernels.CUTS: 0}]
 
 
-def test_gradients_with_their_sum_are_the_gradients_and_their_sum() -> None:
-    """On a CPU, where no compiled code adds up: what a device apart runs in one pass."""
+@pytest.mark.parametrize("group", [1, 2, GROUP])
+def test_sums_are_those_of_each_group_in_order_in_both_forms(group: int) -> None:
     rng = torch.Generator().manual_seed(0)
-    value, gradient = (torch.randn(5000, generator=rng) for _ in range(2))
-    for each, summed in (
-        (fakequant._lsq_gradients, fakequant._lsq_gradients_summed),
-        (fakequant._pact_gradients, fakequant._pact_gradients_summed),
-    ):
-        arguments = (value, gradient, torch.tensor(0.1), 0, 15, -0.5, 15.25)
-        passed, per_value = each(*arguments)
-        found, total = summed(*arguments)
-        assert torch.equal(found, passed)
-        assert torch.equal(total, per_value.sum())
+    value, other = (torch.randn(50, group, 33, generator=rng) for _ in range(2))
+    factor = torch.randn(33, generator=rng)
+    kernel = Sums(lambda x, y, f: (x + y, x * y * f, x * f))
+    for form in (kernel.as_written, kernel.to_compile()):
+        whole, products, scaled = form(value, other, factor)
+        assert torch.equal(whole, value + other)
+        for found, parts in ((products, value * other * factor), (scaled, value * factor)):
+            expected = parts[:, 0]
+            for place in range(1, group):
+                expected = expected + parts[:, place]
+            assert torch.equal(found, expected)
+            torch.testing.assert_close(found, parts.double().sum(1).float())
 
 
 @pytest.mark.gpu

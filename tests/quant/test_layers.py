@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn import functional
 
 from quant import layers
-from quant.fakequant import fake_quantise_activation, fake_quantise_weight
+from quant.fakequant import fake_quantise_weight
 from quant.precision import ONNXRUNTIME, TENSORRT, Grid, Precision
+from quant.ranges import fake_quantise_activation
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5])

@@ -1,7 +1,7 @@
 """The supernet against stand-alone networks, hand-written convolutions and torch's batch norm."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from hwnas.supernet.network import Supernet
 from latency_tables.ops import Tensor as SpecTensor
 from profilers.graphs import emit
 from profilers.ort import OrtProfiler
+from quant import ranges
 from quant.fakequant import round_weight
 from quant.precision import ONNXRUNTIME, TENSORRT, Precision, Runtime
 
@@ -169,6 +170,44 @@ def mixed() -> Supernet:
     supernet = supernet_of(rich_space(MIXED))
     train_a_little(supernet, 24)
     return supernet
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_training_step_rounds_behind_a_norm_together_with_it(
+    mixed: Supernet, trains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each quantiser rounds once, whichever way; both ways are the same network."""
+    calls: dict[str, int] = {"normalise_and_quantise": 0, "fake_quantise_activation": 0}
+
+    def counted(name: str) -> Callable[..., Tensor]:
+        function = getattr(ranges, name)
+
+        def call(*arguments: object, **options: object) -> Tensor:
+            calls[name] += 1
+            result: Tensor = function(*arguments, **options)
+            return result
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(ranges, name, counted(name))
+    normed = plain = 0
+    batch = images(16, 5)
+    for architecture in choices(mixed.space, 20):
+        ops = mixed.space.lower(architecture)
+        normed += sum(len(op.rounded_norms) for op in ops)
+        plain += sum(len(op.quantisers) - len(op.rounded_norms) for op in ops)
+        with torch.set_grad_enabled(trains):
+            logits = mixed(batch, architecture)
+        if trains:
+            before = dict(calls)
+            with torch.no_grad():
+                apart = mixed(batch, architecture)
+            calls |= before
+            away = (logits - apart).abs() / apart.std()
+            assert away.median() < 0.02, mixed.space.describe(architecture)
+    assert min(normed, plain) > 100
+    assert list(calls.values()) == ([normed, plain] if trains else [0, normed + plain])
 
 
 def test_an_extracted_network_of_many_precisions_is_the_same_to_the_last_bit(
