@@ -63,7 +63,7 @@ def measure(*, reduced: bool):
     paths = 12 if reduced else 100
     with switch_kept():
         raw = {
-            name: steps(PRECISIONS[family], paths if size == 32 else paths // 3, size)
+            name: steps(PRECISIONS[family], paths if size == 32 else paths // 4, size)
             for name, (family, size) in CASES.items()
         }
     figures = {
@@ -76,7 +76,7 @@ def measure(*, reduced: bool):
     figures["threads"] = torch.get_num_threads()
     with switch_kept():
         figures["same_weights"] = same_weights(PRECISIONS["bits"], steps=4)
-    raw["memory"] = memory(2 if reduced else 5)
+    raw["memory"] = memory(1 if reduced else 4)
     turns = list(zip(raw["memory"][::2], raw["memory"][1::2], strict=True))
     figures["memory"] = {
         name: float(np.median([kept[name] / left[name] for kept, left in turns]))
@@ -85,7 +85,7 @@ def measure(*, reduced: bool):
     return {"figures": figures, "raw": raw}
 
 
-def memory(turns, *, steps=10):
+def memory(turns, *, steps=6):
     """Fresh processes in turns: one keeps its memory, the next does not."""
     rows = []
     for _ in range(turns):

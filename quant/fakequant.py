@@ -51,8 +51,10 @@ def fake_quantise_weight(weight: Tensor, bits: int) -> Tensor:
         top = weight_top(bits)
         largest = weight.abs().flatten(1).amax(1)
         scale = quotient(torch.clamp(largest, min=LEAST_SCALE), top)
-        scale = scale.view(-1, *[1] * (weight.ndim - 1))
-        rounded = (weight / scale).round_().clamp_(-top, top).mul_(scale)
+        held = dense(weight)
+        rows = as_lying(held, len(held), held.numel() // len(held))
+        rounded = _on_levels(rows, scale.view(-1, 1), -top, top)
+        rounded = rounded.as_strided(held.size(), held.stride())
     return _straight(weight, rounded)
 
 
@@ -136,6 +138,11 @@ def _straight(value: Tensor, rounded: Tensor) -> Tensor:
     """The rounded values, with the gradient of the values."""
     result: Tensor = _Straight.apply(value, rounded)  # type: ignore[no-untyped-call]
     return result
+
+
+@Kernel
+def _on_levels(rows: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    return (rows / scale).round_().clamp_(low, high).mul_(scale)  # type: ignore[arg-type]
 
 
 @Kernel

@@ -11,7 +11,7 @@ import torch
 
 from hwnas.placement import Placement
 from quant import fakequant, kernels, ranges
-from quant.fakequant import cast
+from quant.fakequant import cast, fake_quantise_weight
 from quant.kernels import APART_SMALLEST, GROUP, SMALLEST, Kernel, Sums
 from quant.precision import ONNXRUNTIME, TENSORRT, Grid, Precision
 from quant.ranges import fake_quantise_activation, normalise_and_quantise
@@ -91,9 +91,17 @@ def test_compiled_quantisers_give_the_same_bits_in_one_graph_each(
             monkeypatch.setenv(kernels.SWITCH, switch)
             casts.append(cast(value, Precision("fp8")).view(torch.int32))
         assert torch.equal(*casts), shape
+    for seed, shape in enumerate([(64, 64, 3, 3), (300, 128), (1200, 5, 3, 3)]):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        for bits in (2, 8):
+            levels = []
+            for switch in ("1", "0"):
+                monkeypatch.setenv(kernels.SWITCH, switch)
+                levels.append(fake_quantise_weight(weight, bits).view(torch.int32))
+            assert torch.equal(*levels), shape
     assert Kernel.possible
     counted = torch._dynamo.utils.counters["stats"]
-    once = 4  # rounding, and behind a norm; through the norm; fp8
+    once = 5  # weights; rounding, and behind a norm; through the norm; fp8
     by_group = 2 * 4  # LSQ's gradients and PACT's, and behind a norm; rows in groups, and in ones
     assert counted["unique_graphs"] == once + by_group
     assert not torch._dynamo.utils.counters["graph_break"]
