@@ -1,11 +1,10 @@
 """Element-wise kernels: run as written at first, compiled once they have done so much that it pays.
 
 Both give the same bits, so when a kernel is compiled changes no result; sums are taken in a stated
-order (`Sums`). On CUDA that needs a
-compiler that can be told to divide as IEEE 754 has it; one that cannot compiles nothing there. A
-process that trains for less than some minutes never compiles. `HWNAS_COMPILE=1` compiles at the
-first large tensor, `HWNAS_COMPILE=0` never. Without a compiler everything runs as written, which
-one line of the log says.
+order (`Sums`). On CUDA that needs a compiler that can be told to divide as IEEE 754 has it; one
+that cannot compiles nothing there. A process that trains for less than some minutes never
+compiles. `HWNAS_COMPILE=1` compiles at the first large tensor, `HWNAS_COMPILE=0` never. Without a
+compiler everything runs as written, which one line of the log says.
 """
 
 import functools
@@ -23,7 +22,7 @@ SMALLEST = 2**15
 
 PAYS_AFTER = 2**31
 """Values after which a kernel is compiled: the time that compiling them would have saved by then is
-about the time that compiling takes (3 ns a value for LSQ's gradients; 5 to 10 s on one core)."""
+about the time that compiling takes (3 to 4 ns a value for gradients; 5 to 10 s on one core)."""
 
 APART_SMALLEST = 2**20
 APART_PAYS_AFTER = 2**36
