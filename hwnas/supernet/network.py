@@ -157,6 +157,7 @@ class Supernet(nn.Module):
         momentum: float | None,
         initialise: bool,
     ) -> Tensor:
+        # A training step takes a norm and the quantiser behind it in one pass.
         trains = statistics is None and torch.is_grad_enabled()
         rounded_norms = placed.op.rounded_norms if trains else {}
         rounded = {position for position, _ in rounded_norms.values()}
