@@ -122,28 +122,25 @@ def _on_grid(value: Tensor, scale: Number, low: Number, high: Number) -> Tensor:
     return (value / scale).clamp_(low, high).round_().mul_(scale)  # type: ignore[arg-type]
 
 
-def _inside(scaled: Tensor, bottom: Number, ceiling: Number) -> Tensor:
-    """1 where a value lies in bottom..ceiling, else 0: as numbers, for choosing by a mask takes
-    several times as long where it is not compiled.
-    """
-    return scaled.clamp(bottom, ceiling).eq_(scaled)  # type: ignore[arg-type]
-
-
-def _lsq(
-    scaled: Tensor, gradient: Tensor, low: Number, high: Number, bottom: Number, ceiling: Number
+def _parts(
+    scaled: Tensor, low: Number, high: Number, bottom: Number, ceiling: Number
 ) -> tuple[Tensor, Tensor]:
+    """Each value's code, and 1 where it lies in bottom..ceiling, else 0: as numbers, for choosing
+    by a mask takes several times as long where it is not compiled.
+    """
+    inside = scaled.clamp(bottom, ceiling).eq_(scaled)  # type: ignore[arg-type]
+    return scaled.clamp(low, high).round_(), inside  # type: ignore[arg-type]
+
+
+def _lsq(scaled: Tensor, gradient: Tensor, *ends: Number) -> tuple[Tensor, Tensor]:
     """The gradients of values (in units of their step), and those of the step."""
-    inside = _inside(scaled, bottom, ceiling)
-    codes = scaled.clamp(low, high).round_()  # type: ignore[arg-type]
+    codes, inside = _parts(scaled, *ends)
     return gradient * inside, codes.sub_(scaled * inside).mul_(gradient)
 
 
-def _pact(
-    scaled: Tensor, gradient: Tensor, low: Number, high: Number, bottom: Number, ceiling: Number
-) -> tuple[Tensor, Tensor]:
+def _pact(scaled: Tensor, gradient: Tensor, *ends: Number) -> tuple[Tensor, Tensor]:
     """The same for PACT."""
-    inside = _inside(scaled, bottom, ceiling)
-    codes = scaled.clamp(low, high).round_()  # type: ignore[arg-type]
+    codes, inside = _parts(scaled, *ends)
     return gradient * inside, codes.mul_(inside.neg().add_(1)).mul_(gradient)
 
 
