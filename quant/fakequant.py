@@ -7,10 +7,10 @@
 | fp16, bf16, fp8 | cast through the type | cast through the type |
 | fp32, tf32 | as they are | as they are |
 
-The stand-alone layers of `quant.layers` give the same numbers to the last bit. All arithmetic is in
-fp32, whatever type values come in and are handed on in: a scale of fewer bits would move codes.
-(Handed on in bf16, a code of eight bits times its scale is rounded by up to one step.) On a CPU
-sums are taken over values in the order in which they lie in memory.
+Ranges that are learned are in `quant.ranges`, all else is here. The stand-alone layers of
+`quant.layers` give the same numbers to the last bit. All arithmetic is in fp32, whatever type
+values come in and are handed on in: a scale of fewer bits would move codes. (Handed on in bf16, a
+code of eight bits times its scale is rounded by up to one step.)
 """
 
 from typing import Any

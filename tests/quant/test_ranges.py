@@ -262,33 +262,20 @@ def test_norm_and_quantiser_in_one_are_pytorchs_norm_and_then_the_quantiser(
     """
     grid = ONNXRUNTIME.grid(bits, signed=not relu)
     value, gamma, beta, upstream = _normed(shape, seed=bits)
-    limit = torch.tensor(1.3)
-    rounded = [
-        normalise_and_quantise(
-            value, gamma, beta, limit, grid, epsilon=EPSILON, pact=pact, relu=relu
-        ),
-        fake_quantise_activation(
-            functional.batch_norm(value, None, None, gamma, beta, training=True, eps=EPSILON),
-            limit, grid, pact=pact, relu=relu,
-        ),
-    ]  # fmt: skip
+
+    def together(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return normalise_and_quantise(x, *rest, grid, epsilon=EPSILON, pact=pact, relu=relu)
+
+    def apart(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        *norm, limit = rest
+        normed = functional.batch_norm(x, None, None, *norm, training=True, eps=EPSILON)
+        return fake_quantise_activation(normed, limit, grid, pact=pact, relu=relu)
+
+    given = [t.clone().requires_grad_() for t in (value, gamma, beta, torch.tensor(1.3))]
+    rounded = [way(*given) for way in (together, apart)]
     same = (rounded[0] - rounded[1]).abs() < 1e-5
     assert same.float().mean() > 0.999
-    upstream = upstream * same
-    found = []
-    for one in (True, False):
-        given = [t.clone().requires_grad_() for t in (value, gamma, beta, limit)]
-        x, factors, shifts, end = given
-        if one:
-            result = normalise_and_quantise(
-                x, factors, shifts, end, grid, epsilon=EPSILON, pact=pact, relu=relu
-            )
-        else:
-            normed = functional.batch_norm(
-                x, None, None, factors, shifts, training=True, eps=EPSILON
-            )
-            result = fake_quantise_activation(normed, end, grid, pact=pact, relu=relu)
-        found.append(torch.autograd.grad(result, given, upstream))
+    found = [torch.autograd.grad(result, given, upstream * same) for result in rounded]
     for ours, plain in zip(*found, strict=True):
         assert ours.shape == plain.shape
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=2e-5 * float(plain.abs().max()))
